@@ -1,0 +1,37 @@
+"""mmpt: pretraining for models that read and write text, images, video and speech as one stream.
+
+Importing it is cheap: torch is loaded by what computes, when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmpt.parts import Audio, Image, Message, Text, Video
+    from mmpt.pipeline import Pipeline, Result
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Audio": "mmpt.parts",
+    "Image": "mmpt.parts",
+    "Message": "mmpt.parts",
+    "Text": "mmpt.parts",
+    "Video": "mmpt.parts",
+    "Pipeline": "mmpt.pipeline",
+    "Result": "mmpt.pipeline",
+}
+__all__ = ["Audio", "Image", "Message", "Pipeline", "Result", "Text", "Video", "load"]
+
+
+def load(path: str, *, device: str = "cpu") -> "Pipeline":
+    """Open a model folder for inference. Raises UserError when it is none."""
+    from mmpt.pipeline import Pipeline
+
+    return Pipeline.load(path, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mmpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,213 @@
+"""Encoding: raw shards -> token shards, one to one, resumable by shard.
+
+A token shard is renamed into place when it is whole, so that a finished one needs no other marker.
+It is kept when it was made from the same bytes by the same codecs. Samples that cannot be used are
+counted and listed beside it, in `NAME.quarantine.jsonl`.
+"""
+
+import hashlib
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmpt.config import UserError
+from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
+from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard
+from mmpt.parts import Part
+from mmpt.stream import Segment
+from mmpt.vocab import Modality, Vocabulary
+
+
+class PartEncoder(Protocol):
+    """What encoding needs of a processor."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def separator(self) -> np.ndarray: ...
+
+    @property
+    def max_side(self) -> int: ...
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[Segment]: ...
+
+
+@dataclass
+class EncodeReport:
+    """What became of the raw shards; documents and bad samples are counted over all of them."""
+
+    shards: list[Path] = field(default_factory=list)  # token shards, in the order of the raw ones
+    kept: int = 0  # token shards that were there already
+    documents: int = 0
+    bad: int = 0
+    codes: Counter[str] = field(default_factory=Counter)  # by medium
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "shards": [str(path) for path in self.shards],
+            "kept": self.kept,
+            "documents": self.documents,
+            "bad": self.bad,
+            "codes": dict(self.codes),
+        }
+
+
+def encode_shards(
+    shards: Sequence[str | Path],
+    out: str | Path,
+    processor: PartEncoder,
+    *,
+    progress: bool = True,
+) -> EncodeReport:
+    """Encode raw shards into the folder `out`; run again after an interruption, it goes on."""
+    from tqdm import tqdm
+
+    report = EncodeReport()
+    pairs = _pair(shards, Path(out))
+    total = sum(_count_samples(raw) for raw, _ in pairs)
+    with tqdm(total=total, unit="doc", desc="encode", disable=not progress) as bar:
+        for raw, path in pairs:
+            bar.set_postfix_str(raw.name)
+            side = processor.max_side
+            source = {"name": raw.name, "sha256": _sha256(raw), "max_side": side}
+            shard = _finished(path, source, processor.vocabulary)
+            report.kept += shard is not None
+            if shard is None:
+                _encode_shard(raw, path, processor, source, bar)
+                shard = TokenShard(path)
+            else:
+                bar.update(len(shard))
+            report.shards.append(path)
+            report.documents += len(shard)
+            report.bad += shard.notes["bad"]
+            report.codes.update(shard.counts)
+    return report
+
+
+def encode(
+    shards: list[Path], *, out: Path, tokenizers: Sequence[str] = (), max_side: int = 64
+) -> dict[str, Any]:
+    """Encode raw shards into token shards in a folder, with the vocabulary they belong to.
+
+    Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
+    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels.
+    """
+    from mmpt.processor import DEFAULT_TOKENIZERS, Processor
+
+    processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
+    report = encode_shards(shards, out, processor)
+    paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
+    counts = count_codes(path for path in paths if _is_current(path, processor.vocabulary))
+    with_used_codes(processor.vocabulary, counts).save(Path(out) / "vocabulary.json")
+    return report.to_json() | {"vocabulary": processor.vocabulary.fingerprint}
+
+
+def count_codes(paths: Iterable[str | Path]) -> dict[Modality, np.ndarray]:
+    """How often each code occurs in the documents that are not held out: int64 (codec size,).
+
+    By medium; media that do not occur are left out.
+    """
+    totals: dict[Modality, np.ndarray] = {}
+    for shard in map(TokenShard, paths):
+        for document in shard:
+            if is_heldout(document.base):
+                continue
+            for modality, codes in document.segments:
+                size = shard.sizes[modality.name.lower()]
+                counts = totals.setdefault(modality, np.zeros(size, dtype=np.int64))
+                np.add.at(counts, codes.reshape(-1), 1)
+    return totals
+
+
+def with_used_codes(vocabulary: Vocabulary, counts: Mapping[Modality, np.ndarray]) -> Vocabulary:
+    """The same vocabulary (and fingerprint), which knows which codes occur in training data."""
+    by_name = {modality.name.lower(): count for modality, count in counts.items()}
+    ranges = []
+    for code_range in vocabulary.ranges:
+        seen = [by_name[name] for name in code_range.fingerprints if name in by_name]
+        used = tuple(np.flatnonzero(sum(seen)).tolist()) if seen else None
+        ranges.append(replace(code_range, used=used))
+    return replace(vocabulary, ranges=tuple(ranges))
+
+
+def _encode_shard(
+    raw: Path,
+    path: Path,
+    processor: PartEncoder,
+    source: dict[str, Any],
+    bar: Any,
+) -> None:
+    listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
+    quarantine = Quarantine(listing)
+    with ShardWriter(path, processor.vocabulary, separator=processor.separator) as writer:
+        listing.unlink(missing_ok=True)  # of an interrupted try
+        for document in read_documents([raw], quarantine):
+            try:
+                writer.add(_encode_document(document, processor))
+            except UserError as error:
+                quarantine.add(shard=document.shard, offset=-1, key=document.key, why=str(error))
+            bar.update()
+        writer.finish({"source": source, "bad": quarantine.count})
+
+
+def _encode_document(document: Document, processor: PartEncoder) -> EncodedDocument:
+    segments = processor.encode_parts(document.parts)
+    return EncodedDocument(document.key, document.base, document.order, segments)
+
+
+def _pair(shards: Sequence[str | Path], out: Path) -> list[tuple[Path, Path]]:
+    """Raw shard -> token shard; refuses missing ones and names that collide."""
+    pairs: dict[Path, Path] = {}
+    for raw in map(Path, shards):
+        if not raw.is_file():
+            raise UserError(f"no shard at {raw}; give paths of .tar files")
+        path = out / f"{raw.name.partition('.')[0]}{SUFFIX}"
+        if path in pairs:
+            raise UserError(f"{pairs[path]} and {raw} would both become {path}; rename one")
+        pairs[path] = raw
+    return [(raw, path) for path, raw in pairs.items()]
+
+
+def _finished(path: Path, source: dict[str, Any], vocabulary: Vocabulary) -> TokenShard | None:
+    """The token shard at `path`, when it is whole and made from `source` by these codecs."""
+    if not path.is_file() or not _is_current(path, vocabulary):
+        return None  # damaged or stale: encoding again is what the message asks for
+    shard = TokenShard(path)
+    return shard if shard.notes.get("source") == source else None
+
+
+def _is_current(path: Path, vocabulary: Vocabulary) -> bool:
+    try:
+        TokenShard(path).check(vocabulary)
+    except UserError:
+        return False
+    return True
+
+
+def _count_samples(raw: Path) -> int:
+    """About how many samples a raw shard has, for the progress bar: damage is counted elsewhere."""
+    try:
+        with tarfile.open(raw, "r:") as tar:
+            return len({_key(member.name) for member in tar})
+    except (OSError, tarfile.TarError):
+        return 0
+
+
+def _key(name: str) -> str:
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

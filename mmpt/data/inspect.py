@@ -1,0 +1,140 @@
+"""The verbs of `mmpt data`: list, prepare, inspect, verify. Each returns what `--json` prints."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmpt.config import UserError
+from mmpt.data import sources
+from mmpt.data.shards import Damage, Document, Quarantine, is_heldout, load_document, read_samples
+from mmpt.parts import Audio, Image, Text, Video
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"-train-": False, "-heldout-": True}
+
+
+def list_datasets() -> dict[str, Any]:
+    """The data sets that mmpt can build, and those that are here."""
+    return {
+        "sets": [
+            {
+                "name": source.name,
+                "summary": source.summary,
+                "license": source.license,
+                "shards": [str(path) for path in source.shards],
+                "bytes": sum(path.stat().st_size for path in source.shards),
+            }
+            for source in sources.list_sources()
+        ]
+    }
+
+
+def prepare(name: str, *, out: Path | None = None, cache: Path | None = None) -> dict[str, Any]:
+    """Fetch the packages of a data set and write its shards into OUT (default: build/NAME)."""
+    started = time.monotonic()
+    out = Path("build") / name if out is None else out
+    script = sources.load_script(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = script.main(out, cache or sources.default_cache())
+    except PermissionError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    return {
+        "name": name,
+        "shards": [str(path) for path in paths],
+        "bytes": sum(path.stat().st_size for path in paths),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def inspect(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, Any]:
+    """Count samples, documents and media of raw shards; everything is decoded."""
+    bad = Quarantine(quarantine)
+    modalities: dict[str, Counter[str]] = {}
+    sources_seen: Counter[str] = Counter()
+    rows, num_samples = [], 0
+    for path in _bar(shards):
+        row = {"shard": str(path), "samples": 0, "documents": 0, "bad_samples": -bad.count}
+        for document in _documents(path, bad, row):
+            sources_seen[document.source] += 1
+            _count_parts(document, modalities)
+        row["bad_samples"] += bad.count
+        num_samples += row["samples"]
+        rows.append(row)
+    return {
+        "shards": rows,
+        "samples": num_samples,
+        "documents": sum(row["documents"] for row in rows),
+        "bad_samples": bad.count,
+        "reasons": dict(bad.reasons),
+        "sources": dict(sources_seen),
+        "modalities": {
+            name: {key: round(value, 3) for key, value in counts.items()}
+            for name, counts in modalities.items()
+        },
+    }
+
+
+def verify(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, Any]:
+    """Read raw shards in full and list every damage, bad sample and document of the wrong split."""
+    bad = Quarantine(quarantine)
+    num_documents = 0
+    for path in _bar(shards):
+        held = next((held for mark, held in SPLITS.items() if mark in Path(path).name), None)
+        for document in _documents(path, bad, {}):
+            num_documents += 1
+            if held is not None and is_heldout(document.base) is not held:
+                why = f"wrong split: base key {document.base!r} belongs to the other one"
+                bad.add(shard=str(path), offset=0, key=document.key, why=why)
+    return {
+        "ok": bad.count == 0,
+        "shards": len(shards),
+        "documents": num_documents,
+        "bad_samples": bad.count,
+        "reasons": dict(bad.reasons),
+        "damage": bad.lines,
+    }
+
+
+def _documents(path: Path, bad: Quarantine, row: dict[str, Any]) -> Iterator[Document]:
+    """`read_documents` of one shard, with counts of samples and documents in `row`."""
+    for item in read_samples(path):
+        where = {"shard": item.shard, "offset": item.offset, "key": item.key}
+        if isinstance(item, Damage):
+            bad.add(**where, why=item.why)
+            continue
+        row["samples"] = row.get("samples", 0) + 1
+        try:
+            document = load_document(item)
+        except UserError as error:
+            bad.add(**where, why=str(error))
+            continue
+        row["documents"] = row.get("documents", 0) + 1
+        yield document
+
+
+def _count_parts(document: Document, modalities: dict[str, Counter[str]]) -> None:
+    for part in document.parts:
+        counts = modalities.setdefault(type(part).__name__.lower(), Counter())
+        counts["parts"] += 1
+        if isinstance(part, Text):
+            counts["bytes"] += len(part.text.encode())
+        elif isinstance(part, Image):
+            counts["pixels"] += part.pixels.shape[0] * part.pixels.shape[1]
+        elif isinstance(part, Video):
+            counts["frames"] += len(part.frames)
+            counts["seconds"] += len(part.frames) / part.fps  # type: ignore[assignment] # a float sum
+        elif isinstance(part, Audio):
+            counts["seconds"] += part.seconds  # type: ignore[assignment] # a float sum
+
+
+def _bar(shards: Sequence[Path]) -> Iterator[Path]:
+    if not shards:
+        raise UserError("no shards given; name one or more .tar files")
+    return iter(tqdm(shards, desc="reading", unit="shard"))

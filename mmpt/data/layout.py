@@ -1,0 +1,93 @@
+"""How a document becomes a stream: the order of its segments, what stands between and around them.
+
+Training and evaluation lay documents out differently, and nothing else may: the model sees in
+training what it is asked for at inference. `<null>` stands where a condition was dropped, so that
+guidance has an unconditional branch `<bod> <null> <boi> ...`.
+"""
+
+import numpy as np
+
+from mmpt.data.tokens import EncodedDocument
+from mmpt.stream import Segment, Stream, StreamBuilder
+from mmpt.vocab import MEDIA, Modality, Vocabulary
+
+MAX_SPEECH_SPAN = 26  # codes; speech is streamed in blocks of about two seconds
+
+
+def to_stream(
+    document: EncodedDocument,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+    *,
+    separator: np.ndarray,
+    condition_drop: float = 0.1,
+) -> Stream:
+    """`<bod>` segments... `<eod>`; segments of a document of order "any" are permuted by `rng`.
+
+    With probability `condition_drop` it is `<bod> <null>` one random segment `<eod>` instead; a
+    document of fixed order then keeps one of its media, or all of it when it is text alone.
+    `separator` (text codes) stands between adjacent text segments. `<bod>` and `<null>` have
+    weight 0: nothing predicts them.
+    """
+    segments = list(document.segments)
+    dropped = rng.random() < condition_drop
+    if document.order == "any":
+        segments = [segments[place] for place in rng.permutation(len(segments))]
+    candidates = segments
+    if document.order == "fixed":
+        candidates = [segment for segment in segments if segment.modality in MEDIA]
+    builder = StreamBuilder(vocabulary).structure("<bod>", weight=0.0)
+    if dropped and candidates:
+        builder.structure("<null>", weight=0.0)
+        segments = [candidates[rng.integers(len(candidates))]]
+    write_segments(builder, segments, separator)
+    return builder.structure("<eod>").build()
+
+
+def to_conditioned_stream(
+    document: EncodedDocument,
+    vocabulary: Vocabulary,
+    target: Modality,
+    *,
+    separator: np.ndarray,
+    condition_from: EncodedDocument | None = None,
+) -> Stream:
+    """All segments of other media first, in file order, then those of `target`: for evaluation.
+
+    The condition may come from another document (the shuffled control). Only the target's text ids
+    or codes have weight 1; begin, size and end ids and separators have 0, because they say nothing
+    about the content and would make easy ids look like skill.
+    """
+    source = condition_from or document
+    condition = [segment for segment in source.segments if segment.modality != target]
+    builder = StreamBuilder(vocabulary).structure("<bod>", weight=0.0)
+    write_segments(builder, condition, separator, weight=0.0)
+    targets = [segment for segment in document.segments if segment.modality == target]
+    first = len(builder.build())
+    write_segments(builder, targets, separator, weight=1.0, separator_weight=0.0)
+    stream = builder.structure("<eod>", weight=0.0).build()
+    if target != Modality.TEXT:
+        stream.loss_weight[first:] = stream.modality[first:] == target
+    return stream
+
+
+def write_segments(
+    builder: StreamBuilder,
+    segments: list[Segment],
+    separator: np.ndarray,
+    *,
+    weight: float = 1.0,
+    separator_weight: float | None = None,
+) -> None:
+    previous = None
+    for modality, codes in segments:
+        if modality == Modality.TEXT:
+            if previous == Modality.TEXT:
+                builder.text(separator, weight=weight if separator_weight is None else 0.0)
+            builder.text(codes, weight=weight)
+        elif modality == Modality.SPEECH:
+            for start in range(0, len(codes), MAX_SPEECH_SPAN):
+                builder.media(modality, codes[start : start + MAX_SPEECH_SPAN], weight=weight)
+        else:
+            builder.media(modality, codes, weight=weight)
+        previous = modality

@@ -1,0 +1,308 @@
+"""Raw shards: webdataset tars, read in full even where they are damaged, and never in silence.
+
+A sample is a run of members with one key (the name up to the first dot of its last component).
+`KEY.json` lists the parts of a document in order; the other members hold its media. Plain paired
+samples (`KEY.png` beside `KEY.txt`) are documents too. Everything that cannot be used is either a
+`Damage` of the tar or a sample that goes to the `Quarantine`; both say where and why.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from mmpt.config import UserError
+from mmpt.data.tars import Damage, Sample, read_samples
+from mmpt.parts import Audio, Image, Part, Text, Video
+
+__all__ = [
+    "Damage",
+    "Document",
+    "Quarantine",
+    "Record",
+    "Sample",
+    "is_heldout",
+    "read_documents",
+    "read_samples",
+    "write_shard",
+]
+
+Order = Literal["any", "fixed"]
+MEDIA_TYPES = {"image": Image, "video": Video, "audio": Audio}
+PLAIN_TEXT = ("txt", "cls", "json")
+PLAIN_MEDIA = {
+    **dict.fromkeys(("png", "jpg", "jpeg", "webp"), "image"),
+    **dict.fromkeys(("wav", "flac", "ogg", "opus", "mp3"), "audio"),
+    "mp4": "video",
+}
+
+
+def is_heldout(base: str) -> bool:
+    """Whether documents of this base key are kept from all training: about one idea in ten."""
+    return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") % 10 == 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page."""
+
+    key: str
+    base: str
+    order: Order
+    parts: list[Part]
+    source: str = ""
+    shard: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document whose media are encoded already: what `write_shard` writes byte for byte.
+
+    A text part is `{"type": "text", "text": ...}`; a media part holds its bytes under "data" and
+    its format under "suffix"; all other keys (fps, voice, synthetic) go to the json as they are.
+    """
+
+    key: str
+    base: str
+    order: Order
+    parts: tuple[dict[str, Any], ...]
+    source: str
+    license: str
+
+
+@dataclass
+class Quarantine:
+    """Counts what could not be used, and appends one JSON line for each to `path` (if given)."""
+
+    path: Path | None = None
+    count: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    lines: list[dict[str, Any]] = field(default_factory=list)  # the first MAX_LINES, for reports
+
+    MAX_LINES = 1000
+
+    def add(self, *, shard: str, offset: int, key: str, why: str) -> None:
+        """Record one unusable sample or damaged place."""
+        line = {"shard": shard, "offset": offset, "key": key, "why": why}
+        self.count += 1
+        self.reasons[why.partition(":")[0]] += 1
+        if len(self.lines) < self.MAX_LINES:
+            self.lines.append(line)
+        if self.path is not None:
+            self._append(json.dumps(line) + "\n")
+
+    def _append(self, text: str) -> None:
+        path = cast(Path, self.path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # one write of one line in append mode: lines of concurrent readers do not mix
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"cannot write the quarantine file {path}: {error.strerror}") from None
+
+
+def read_documents(paths: Iterable[str | Path], quarantine: Quarantine) -> Iterator[Document]:
+    """Every usable document of the shards in order; the rest goes to `quarantine`."""
+    for path in paths:
+        for item in read_samples(path):
+            where = {"shard": item.shard, "offset": item.offset, "key": item.key}
+            if isinstance(item, Damage):
+                quarantine.add(**where, why=item.why)
+                continue
+            try:
+                yield load_document(item)
+            except UserError as error:
+                quarantine.add(**where, why=str(error))
+
+
+def load_document(sample: Sample) -> Document:
+    """Decode one sample; raises UserError that says what is missing or broken."""
+    if "json" in sample.members:
+        described = _parse_json(sample.members["json"])
+        if isinstance(described, dict) and "parts" in described:
+            return _load_described(sample, described)
+    return _load_paired(sample)
+
+
+def write_shard(path: str | Path, documents: Iterable[Record | Document]) -> int:
+    """Write a tar atomically; equal documents give equal bytes. Returns how many were written."""
+    from webdataset.writer import TarWriter
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with (
+            open(temporary, "wb") as file,
+            TarWriter(
+                file, encoder=False, mtime=0, user="mmpt", group="mmpt", mode=0o644
+            ) as writer,
+        ):
+            for document in documents:
+                record = document if isinstance(document, Record) else encode_document(document)
+                writer.write(_to_sample(record))
+                count += 1
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def encode_document(document: Document) -> Record:
+    """Encode decoded parts without loss: WebP for pictures and clips, FLAC for sound."""
+    return Record(
+        key=document.key,
+        base=document.base,
+        order=document.order,
+        parts=tuple(_encode_part(part) for part in document.parts),
+        source=document.source,
+        license="",
+    )
+
+
+def _parse_json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"bad json: {error}") from None
+
+
+def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
+    parts = described["parts"]
+    if not isinstance(parts, list) or not parts:
+        raise UserError("bad json: parts must be a list that is not empty")
+    order = described.get("order", "fixed")
+    if order not in ("any", "fixed"):
+        raise UserError(f"bad json: order is any or fixed, not {order!r}")
+    return Document(
+        key=sample.key,
+        base=str(described.get("base", sample.key)),
+        order=order,
+        parts=[_load_part(sample, entry) for entry in parts],
+        source=str(described.get("source", "")),
+        shard=sample.shard,
+    )
+
+
+def _load_part(sample: Sample, entry: Any) -> Part:
+    if not isinstance(entry, dict):
+        raise UserError(f"bad json: a part must be a table, not {type(entry).__name__}")
+    kind = entry.get("type")
+    if kind == "text":
+        return _load_text(entry.get("text"))
+    if kind not in MEDIA_TYPES:
+        raise UserError(f"bad json: unknown part type {kind!r}; use text, image, video or audio")
+    ref = entry.get("ref")
+    if not isinstance(ref, str) or ref not in sample.members:
+        raise UserError(f"missing part: the sample has no member {ref!r}")
+    part = _load_media(kind, ref, sample.members[ref])
+    fps = entry.get("fps")
+    if isinstance(part, Video) and fps is not None:
+        if not isinstance(fps, int | float):
+            raise UserError(f"bad json: fps must be a number, not {fps!r}")
+        return Video(part.frames, float(fps))
+    return part
+
+
+def _load_paired(sample: Sample) -> Document:
+    """A plain paired sample: its texts, then its media, as views of one idea."""
+    if sample.beside_damage:
+        raise UserError("beside damage: the sample has no part list, so it may be incomplete")
+    parts: list[Part] = []
+    for name in PLAIN_TEXT:
+        if name in sample.members:
+            parts.append(_load_plain_text(name, sample.members[name]))
+    for name, data in sample.members.items():
+        if name in PLAIN_MEDIA:
+            parts.append(_load_media(PLAIN_MEDIA[name], name, data))
+        elif name not in PLAIN_TEXT:
+            raise UserError(f"unknown member: {name!r}, and no json lists it as a part")
+    return Document(sample.key, sample.key, "any", parts, shard=sample.shard)
+
+
+def _load_plain_text(name: str, data: bytes) -> Text:
+    if name == "json":
+        described = _parse_json(data)
+        text = described.get("text") if isinstance(described, dict) else described
+        return _load_text(text)
+    try:
+        return _load_text(data.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"bad text: {name} is not UTF-8 at byte {error.start}") from None
+
+
+def _load_text(text: Any) -> Text:
+    if not isinstance(text, str):
+        raise UserError(f"bad json: text must be a string, not {type(text).__name__}")
+    if not text.strip():
+        raise UserError("empty text: a text part needs at least one visible character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("bad text: it holds a lone surrogate, which is no UTF-8") from None
+    return Text(text)
+
+
+def _load_media(kind: str, name: str, data: bytes) -> Part:
+    try:
+        return MEDIA_TYPES[kind].load(data)
+    except UserError as error:
+        raise UserError(f"bad {kind}: {name}: {error}") from None
+
+
+def _encode_part(part: Part) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, Audio):
+        import soundfile
+
+        buffer = io.BytesIO()
+        soundfile.write(buffer, part.wave, part.sample_rate, format="FLAC", subtype="PCM_16")
+        return {"type": "audio", "suffix": "flac", "data": buffer.getvalue()}
+    import PIL.Image
+
+    frames = part.frames if isinstance(part, Video) else part.pixels[None]
+    first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    if isinstance(part, Image):
+        first.save(buffer, "webp", lossless=True)
+        return {"type": "image", "suffix": "webp", "data": buffer.getvalue()}
+    first.save(
+        buffer, "webp", lossless=True, save_all=True, append_images=rest,
+        duration=round(1000 / part.fps), loop=0,
+    )  # fmt: skip
+    return {"type": "video", "suffix": "webp", "fps": part.fps, "data": buffer.getvalue()}
+
+
+def _to_sample(record: Record) -> dict[str, Any]:
+    """The members of a record, json first, in webdataset's dict form."""
+    if "." in record.key or record.key.startswith("/") or not record.key:
+        raise UserError(f"key {record.key!r} needs a relative name without dots")
+    entries, media = [], {}
+    for number, part in enumerate(record.parts):
+        entry = {key: value for key, value in part.items() if key not in ("data", "suffix")}
+        if "data" in part:
+            entry["ref"] = f"{number}.{part['suffix']}"
+            media[entry["ref"]] = part["data"]
+        entries.append(entry)
+    described = {
+        "base": record.base,
+        "order": record.order,
+        "parts": entries,
+        "source": record.source,
+        "license": record.license,
+    }
+    text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
+    return {"__key__": record.key, "json": text.encode(), **media}

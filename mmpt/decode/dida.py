@@ -1,0 +1,325 @@
+"""DiDA: media blocks decoded in parallel by discrete diffusion (Emu3.5, arXiv 2510.26583).
+
+A *block* is an image, one latent frame of a video, or a span of speech. Its noisy copy is a slot
+and N codes. The slot is a copy of the id before the block, so that the shift of an autoregressive
+model is kept: the output at the slot or at a code is about the code behind it; the last output is
+unused. Noisy ids see the clean ids up to and including the one that the slot copies, and their own
+block both ways; clean ids see clean ids only. Noise replaces codes by uniform ones (the mixture
+path of discrete flow matching, arXiv 2407.15595): at time t from 0 (noise) to 1 (clean) each code
+is kept with probability t, and nothing marks which ones were.
+
+Legend: B batch, L clean ids of a row, M noisy ids of a row, N codes of a block, V candidates.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mmpt.config import UserError
+from mmpt.decode.ar import Prefix, Prompts, candidate_ids, check_open
+from mmpt.decode.sampling import Sampling, draw, uniforms
+from mmpt.model.transformer import Decoder
+from mmpt.stream import SPAN_COLUMNS, Rows
+from mmpt.vocab import MEDIA, Modality, Vocabulary
+
+
+@dataclass
+class JointRows:
+    """[clean | noisy blocks]; all (B, L + M), int64 but for the last two.
+
+    ids, modality, document, position, block, limit: see `Rows` and `Layout`. labels: the clean id
+    that the output here is about, -1 for clean ids, last outputs and pads. loss_weight, time:
+    float32, time is the t of the block (1 for clean ids). num_clean: L.
+    """
+
+    ids: torch.Tensor
+    modality: torch.Tensor
+    document: torch.Tensor
+    position: torch.Tensor
+    block: torch.Tensor
+    limit: torch.Tensor
+    labels: torch.Tensor
+    loss_weight: torch.Tensor
+    time: torch.Tensor
+    num_clean: int
+
+    def to(self, device: torch.device | str) -> "JointRows":
+        """The same rows on another device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "num_clean"
+        }
+        return JointRows(**moved, num_clean=self.num_clean)
+
+
+def corrupt(
+    rows: Rows, vocabulary: Vocabulary, *, generator: torch.Generator, max_noisy: int
+) -> JointRows:
+    """Lay noisy copies of the rows' media blocks behind them, at most `max_noisy` ids a row.
+
+    Blocks are chosen at random where not all fit; each has its own time. Blocks whose codes carry
+    no loss weight are conditions and get no copy. Rows are on the host.
+    """
+    chosen = [_choose(blocks, max_noisy, generator) for blocks in _blocks(rows)]
+    num_noisy = max(sum(1 + block.length for block in blocks) for blocks in chosen)
+    size = rows.ids.shape
+    noisy = _empty(size[0], num_noisy)
+    candidates = {
+        m: candidate_ids(vocabulary, m, rows.ids.device) for m in MEDIA if vocabulary.has(m)
+    }
+    for row, blocks in enumerate(chosen):
+        offset = 0
+        for number, block in enumerate(blocks):
+            place = slice(offset, offset + 1 + block.length)
+            _write(noisy, rows, row, place, number, block, candidates[block.modality], generator)
+            offset = place.stop
+    clean = JointRows(
+        rows.ids,
+        rows.modality,
+        rows.document,
+        rows.position,
+        block=torch.full(size, -1),
+        limit=rows.position,
+        labels=torch.full(size, -1),
+        loss_weight=torch.zeros(size),
+        time=torch.ones(size),
+        num_clean=size[1],
+    )
+    return _cat(clean, noisy)
+
+
+def joint_forward(model: Decoder, joint: JointRows) -> torch.Tensor:
+    """Hidden states (B, L + M, D) of clean and noisy ids, in one pass over the joint layout.
+
+    When clean ids meet frozen weights only, they are computed first and without gradients, and the
+    noisy ids read their keys from a cache: the same numbers at about half the cost.
+    """
+    names = ("ids", "modality", "document", "position", "block", "limit")
+    columns = {name: getattr(joint, name) for name in names}
+    if not model.frozen_clean or joint.num_clean == joint.ids.shape[1]:
+        return model(**columns)
+    cache = model.new_cache()
+    with torch.no_grad():
+        clean = model(**{name: c[:, : joint.num_clean] for name, c in columns.items()}, cache=cache)
+    noisy = {name: c[:, joint.num_clean :] for name, c in columns.items()}
+    return torch.cat((clean, model(**noisy, cache=cache, append=False)), dim=1)
+
+
+class BlockLoss(NamedTuple):
+    """Weighted sum of cross-entropies in nats (with gradient), the sum of weights, and the hits."""
+
+    nats: torch.Tensor
+    weight: torch.Tensor
+    correct: torch.Tensor  # weighted count of labels that had the best score
+
+
+def denoising_loss(
+    model: Decoder, vocabulary: Vocabulary, joint: JointRows, hidden: torch.Tensor
+) -> dict[Modality, BlockLoss]:
+    """Cross-entropy of every noisy position's clean code, among the used codes of its medium.
+
+    All positions count alike, kept or not, and at every time (URSA, arXiv 2510.24717). The sums of
+    several batches or ranks may be added before dividing.
+    """
+    out = {}
+    for modality in MEDIA:
+        if not vocabulary.has(modality):
+            continue
+        candidates = candidate_ids(vocabulary, modality, hidden.device)
+        index = torch.full((len(vocabulary) + 1,), -1, device=hidden.device)  # label -1: the last
+        index[candidates] = torch.arange(len(candidates), device=hidden.device)
+        label = index[joint.labels]
+        chosen = (joint.modality == modality) & (label >= 0)
+        logits, label = model.logits(hidden[chosen], candidates), label[chosen]
+        weight = joint.loss_weight[chosen].to(logits.dtype)
+        nats = F.cross_entropy(logits, label, reduction="none")
+        hits = (logits.detach().argmax(-1) == label).to(weight.dtype)
+        out[modality] = BlockLoss((nats * weight).sum(), weight.sum(), (hits * weight).sum())
+    return out
+
+
+class Preview(NamedTuple):
+    """After pass `done` of `total`: the codes so far of each sample, as ids (n,)."""
+
+    done: int
+    total: int
+    codes: list[np.ndarray]
+
+
+def denoise_block(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompts: Prompts,
+    *,
+    modality: Modality,
+    length: int,
+    num_passes: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    unconditional: Prompts | None = None,
+    shift: float = 1.0,
+    on_pass: Callable[[int, list[np.ndarray]], None] | None = None,
+) -> list[np.ndarray]:
+    """The next `length` codes, as ids int64 (length,), of the span that each prompt has open.
+
+    As `generate_block`, in `num_passes` passes per block instead of one per code.
+    """
+    codes: list[np.ndarray] = []
+    for preview in denoise_passes(
+        model,
+        vocabulary,
+        prompts,
+        modality=modality,
+        length=length,
+        num_passes=num_passes,
+        sampling=sampling,
+        generators=generators,
+        unconditional=unconditional,
+        shift=shift,
+    ):
+        codes = preview.codes
+        if on_pass is not None:
+            on_pass(preview.done, codes)
+    return codes
+
+
+def denoise_passes(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompts: Prompts,
+    *,
+    modality: Modality,
+    length: int,
+    num_passes: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    unconditional: Prompts | None = None,
+    shift: float = 1.0,
+) -> Iterator[Preview]:
+    """`denoise_block` as an iterator over its passes; a video's frames are committed one by one."""
+    times = schedule(num_passes, shift)
+    block = _block_size(vocabulary, [*prompts, *(unconditional or ())], modality, length)
+    prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
+    candidates = candidate_ids(vocabulary, modality, prefix.device)
+    live = torch.ones(len(prompts), dtype=torch.bool, device=prefix.device)
+    finished: list[torch.Tensor] = []
+    total, done = num_passes * (length // block), 0
+    for _ in range(length // block):
+        if finished:
+            prefix.append(finished[-1], torch.full_like(finished[-1], modality), live)
+        uniform = uniforms(generators, block, prefix.device)
+        index = (uniform * len(candidates)).long().clamp(max=len(candidates) - 1)
+        for now, then in pairwise(times):
+            scores = prefix.block_scores(candidates[index], modality, candidates)
+            uniform = uniforms(generators, 2 * block, prefix.device)
+            guess = draw(sampling.probabilities(scores), uniform[:, :block])
+            # exact jump probability of the mixture path between the two times
+            index = torch.where(uniform[:, block:] < (then - now) / (1 - now), guess, index)
+            done += 1
+            codes = torch.cat([*finished, candidates[index]], dim=1)
+            yield Preview(done, total, list(codes.cpu().numpy()))
+        finished.append(candidates[index])
+
+
+def schedule(num_passes: int, shift: float = 1.0) -> list[float]:
+    """Times t_0 = 0 to t_K = 1 of K passes: u / (u + shift (1 - u)) at u = k / K."""
+    if num_passes < 1 or shift <= 0:
+        raise UserError(
+            f"num_passes {num_passes}, shift {shift}: use at least 1 pass and shift > 0"
+        )
+    steps = [k / num_passes for k in range(num_passes + 1)]
+    return [u / (u + shift * (1 - u)) for u in steps]
+
+
+def _block_size(vocabulary: Vocabulary, prompts: Prompts, modality: Modality, length: int) -> int:
+    sizes = {g.block for g in check_open(vocabulary, prompts, modality, length)}
+    if len(sizes) != 1 or length % min(sizes):
+        raise UserError(
+            f"{length} codes are no whole number of blocks of {sorted(sizes)} codes; "
+            "the prompts of one call need one grid"
+        )
+    return min(sizes)
+
+
+class _Block(NamedTuple):
+    start: int  # of the first code, in its row
+    length: int
+    modality: Modality
+
+
+def _blocks(rows: Rows) -> list[list[_Block]]:
+    out: list[list[_Block]] = [[] for _ in rows.ids]
+    for values in rows.spans.tolist():
+        span = dict(zip(SPAN_COLUMNS, values, strict=True))
+        length = span["height"] * span["width"]
+        for frame in range(span["frames"]):
+            block = _Block(span["start"] + frame * length, length, Modality(span["modality"]))
+            if rows.loss_weight[span["row"], block.start] > 0:
+                out[span["row"]].append(block)
+    return out
+
+
+def _choose(blocks: list[_Block], room: int, generator: torch.Generator) -> list[_Block]:
+    chosen = []
+    for index in torch.randperm(len(blocks), generator=generator).tolist():
+        if 1 + blocks[index].length <= room:
+            chosen.append(blocks[index])
+            room -= 1 + blocks[index].length
+    return sorted(chosen)
+
+
+def _empty(num_rows: int, num_noisy: int) -> JointRows:
+    shape = (num_rows, num_noisy)
+    zero, none = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
+    columns = (zero, zero, none, zero, none, zero, none)
+    return JointRows(
+        *(column.clone() for column in columns),
+        loss_weight=torch.zeros(shape),
+        time=torch.zeros(shape),
+        num_clean=0,
+    )
+
+
+def _write(
+    out: JointRows,
+    rows: Rows,
+    row: int,
+    place: slice,
+    number: int,
+    block: _Block,
+    candidates: torch.Tensor,
+    generator: torch.Generator,
+) -> None:
+    # the slot and the noisy copy of one block, at `place` of the noisy part
+    source = slice(block.start - 1, block.start + block.length)
+    codes = rows.ids[row, block.start : source.stop]
+    time = torch.rand((), generator=generator)
+    noise = candidates[torch.randint(len(candidates), codes.shape, generator=generator)]
+    kept = torch.rand(codes.shape, generator=generator) < time
+    out.ids[row, place.start] = rows.ids[row, source.start]
+    out.ids[row, place.start + 1 : place.stop] = torch.where(kept, codes, noise)
+    out.modality[row, place] = block.modality
+    out.document[row, place] = rows.document[row, source]
+    out.position[row, place] = rows.position[row, source]
+    out.block[row, place] = number
+    out.limit[row, place] = rows.position[row, source.start]
+    out.labels[row, place.start : place.stop - 1] = codes
+    out.loss_weight[row, place.start : place.stop - 1] = rows.loss_weight[
+        row, block.start : source.stop
+    ]
+    out.time[row, place] = time
+
+
+def _cat(clean: JointRows, noisy: JointRows) -> JointRows:
+    columns = {
+        f.name: torch.cat((getattr(clean, f.name), getattr(noisy, f.name)), dim=1)
+        for f in fields(clean)
+        if f.name != "num_clean"
+    }
+    return JointRows(**columns, num_clean=clean.num_clean)

@@ -1,0 +1,197 @@
+"""Held-out likelihood by medium: ours, baselines of the same ids, and the shuffled condition.
+
+Documents whose parts are views of one idea are laid out with the target last, behind all their
+other parts; pages are read as they are. Only content counts: text ids and codes, not begins, sizes
+and ends. The shuffled control gives each target the condition of another document with parts of
+the same kinds: a model that ignores its condition gains nothing from the right one.
+"""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmpt.config import UserError
+from mmpt.data.layout import to_conditioned_stream, to_stream
+from mmpt.data.pack import split
+from mmpt.data.shards import is_heldout
+from mmpt.data.tokens import EncodedDocument, open_shards
+from mmpt.eval.likelihood import (
+    bigram,
+    paired_interval,
+    position_unigram,
+    previous_frame,
+    token_nats,
+    unigram,
+)
+from mmpt.model.transformer import Decoder
+from mmpt.stream import Rows, Stream
+from mmpt.vocab import Modality, Vocabulary
+
+LENGTH = 512  # ids of a row; longer pages are cut as in training
+BATCH = 16
+BASELINES = {
+    Modality.TEXT: ("bigram", bigram),
+    Modality.IMAGE: ("unigram per grid position", position_unigram),
+    Modality.VIDEO: ("previous latent frame copied", lambda a, b, v, _: previous_frame(a, b, v)),
+    Modality.SPEECH: ("bigram", bigram),
+}
+OUTSIDE = -1  # modality of ids that do not count
+
+
+def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
+    """Held-out likelihood of MODEL by modality, in nats per id, beside baselines.
+
+    `tokens` is a folder of token shards, as mmpt encode writes it; documents are split by their
+    base key. shuffled_minus_right is [low, mean, high], a 95% bootstrap over documents.
+    """
+    vocabulary = Vocabulary.load(Path(tokens) / "vocabulary.json")
+    decoder = Decoder.load(model, vocabulary=vocabulary).eval()
+    shards = open_shards([Path(tokens)], vocabulary)
+    documents = [document for shard in shards for document in shard]
+    train = [d for d in documents if not is_heldout(d.base)]
+    heldout = [d for d in documents if is_heldout(d.base)]
+    if not train or not heldout:
+        raise UserError(
+            f"{tokens} holds {len(train)} training and {len(heldout)} held-out documents"
+        )
+    separator = shards[0].separator
+    result = {}
+    for modality in Modality:
+        if any(segment.modality == modality for d in heldout for segment in d.segments):
+            result[modality.name.lower()] = evaluate_modality(
+                decoder, vocabulary, modality, train, heldout, separator
+            )
+    return {"model": str(model), "vocabulary": vocabulary.fingerprint, "heldout": result}
+
+
+def evaluate_modality(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    modality: Modality,
+    train: Sequence[EncodedDocument],
+    heldout: Sequence[EncodedDocument],
+    separator: np.ndarray,
+) -> dict[str, Any]:
+    """One row of the table, see `evaluate_model`."""
+
+    def streams(documents: Sequence[EncodedDocument]) -> list[Scored]:
+        return [s for d in documents for s in content_streams(d, vocabulary, modality, separator)]
+
+    seen, held = streams(train), streams(heldout)
+    counted = [stream.loss_weight > 0 for stream in held]
+    tokens = int(sum(mask.sum() for mask in counted))
+    ours = _sums(model, held, vocabulary)
+    name, baseline = BASELINES[modality]
+    row = {
+        "tokens": tokens,
+        "nats": sum(ours) / tokens,
+        "unigram_nats": _mean(unigram(seen, held, vocabulary, modality), counted),
+        "baseline_nats": _mean(baseline(seen, held, vocabulary, modality), counted),
+    }
+    row = {key: round(value, 4) for key, value in row.items()}
+    return row | {"baseline": name} | _shuffled(model, vocabulary, modality, heldout, separator)
+
+
+def content_streams(
+    document: EncodedDocument, vocabulary: Vocabulary, modality: Modality, separator: np.ndarray
+) -> Iterator["Scored"]:
+    """The document's streams in which content of `modality` is scored; all other ids weigh 0."""
+    if all(segment.modality != modality for segment in document.segments):
+        return
+    if document.order == "any":
+        stream = to_conditioned_stream(document, vocabulary, modality, separator=separator)
+    else:
+        rng = np.random.default_rng(zlib.crc32(document.key.encode()))
+        stream = to_stream(document, vocabulary, rng, separator=separator, condition_drop=0.0)
+        content = stream.modality == modality
+        if modality == Modality.TEXT:
+            content &= stream.ids < vocabulary.num_text
+        stream.loss_weight = content.astype(np.float32)
+    for piece in split(stream, LENGTH):
+        scored = piece.loss_weight > 0
+        scored[0] = False  # nothing stands before it
+        if scored.any():
+            modalities = np.where(scored, piece.modality, OUTSIDE).astype(np.int8)
+            yield Scored(piece, modalities, scored)
+
+
+class Scored(Stream):
+    """A stream whose `modality` marks what is counted; `real_modality` is what the model is told."""
+
+    def __init__(self, stream: Stream, counted: np.ndarray, scored: np.ndarray) -> None:
+        super().__init__(stream.ids, counted, scored.astype(np.float32), stream.spans)
+        self.real_modality = stream.modality
+
+
+def _shuffled(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    modality: Modality,
+    heldout: Sequence[EncodedDocument],
+    separator: np.ndarray,
+) -> dict[str, Any]:
+    right, wrong = [], []
+    for document, other in _pairs(heldout, modality):
+        for out, source in ((right, None), (wrong, other)):
+            stream = to_conditioned_stream(
+                document, vocabulary, modality, separator=separator, condition_from=source
+            )
+            out.append(Scored(stream, stream.modality, stream.loss_weight > 0))
+    if not right:
+        return {"shuffled_nats": None, "conditioned_nats": None, "shuffled_minus_right": None}
+    counts = [int(stream.loss_weight.sum()) for stream in right]
+    good, bad = (_sums(model, streams, vocabulary) for streams in (right, wrong))
+    interval = paired_interval(bad, good, counts, generator=np.random.default_rng(0))
+    return {
+        "shuffled_nats": round(sum(bad) / sum(counts), 4),
+        "conditioned_nats": round(sum(good) / sum(counts), 4),  # of the same documents
+        "shuffled_minus_right": [
+            round(float(v), 4) for v in (interval.low, interval.mean, interval.high)
+        ],
+    }
+
+
+def _pairs(
+    documents: Sequence[EncodedDocument], target: Modality
+) -> Iterator[tuple[EncodedDocument, EncodedDocument]]:
+    """Each document that has a condition, with another whose condition has parts of the same kinds."""
+    alike: dict[tuple[Modality, ...], list[EncodedDocument]] = defaultdict(list)
+    for document in documents:
+        kinds = tuple(s.modality for s in document.segments if s.modality != target)
+        has_target = len(kinds) < len(document.segments)
+        if document.order == "any" and kinds and has_target:
+            alike[kinds].append(document)
+    for group in alike.values():
+        for place, document in enumerate(group):
+            rest = [
+                other for other in group[place + 1 :] + group[:place] if other.base != document.base
+            ]
+            if rest:
+                yield document, rest[0]
+
+
+def _sums(model: Decoder, streams: Sequence["Scored"], vocabulary: Vocabulary) -> list[float]:
+    """Summed nats of the scored ids of each stream."""
+    order = sorted(range(len(streams)), key=lambda i: len(streams[i]))  # little padding
+    sums = [0.0] * len(streams)
+    pad = vocabulary.structure_id("<pad>")
+    for begin in range(0, len(order), BATCH):
+        chosen = order[begin : begin + BATCH]
+        told = [
+            Stream(s.ids, s.real_modality, s.loss_weight, s.spans)
+            for s in (streams[i] for i in chosen)
+        ]
+        rows = Rows.pack([[s] for s in told], max(len(s) for s in told), pad)
+        nats = token_nats(model, rows).double() * rows.loss_weight
+        for index, total in zip(chosen, nats.sum(1).tolist(), strict=True):
+            sums[index] = total
+    return sums
+
+
+def _mean(nats: Sequence[np.ndarray], counted: Sequence[np.ndarray]) -> float:
+    total = sum(float(n[mask].sum()) for n, mask in zip(nats, counted, strict=True))
+    return total / sum(int(mask.sum()) for mask in counted)

@@ -1,0 +1,184 @@
+"""ModalityMoE (MoMa, arXiv 2407.21770): feed-forward experts in groups, one group per modality.
+
+An id reaches only the experts of its own group. The `Dispatch` (which id belongs to which group) is
+planned once per batch and used by every layer. Inside a group each id takes its best experts; no
+id's choice depends on another id, so nothing leaks from the future and a packed row equals its
+documents alone.
+
+Legend: N ids (batch x row), G ids of a group, D width, E experts, C experts per id, F hidden width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmpt.config import UserError
+from mmpt.model.config import GroupConfig, ModelConfig
+from mmpt.vocab import Modality
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Flat positions by group: clean groups, noisy ones, then pads, which no expert takes."""
+
+    order: torch.Tensor  # int64 (N,)
+    inverse: torch.Tensor  # int64 (N,)
+    counts: tuple[int, ...]  # ids per group, then pads
+    noisy_index: torch.Tensor | None  # flat positions of noisy ids; None when there are none
+
+    @classmethod
+    def plan(cls, group: torch.Tensor, config: ModelConfig) -> "Dispatch":
+        """From group numbers (B, T) as `group_numbers` gives them. One host sync on a GPU."""
+        flat, groups = group.flatten(), list(config.ordered_groups.values())
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=len(groups) + 2).tolist()
+        if counts.pop():
+            raise UserError(
+                "noisy ids of a modality that has no noisy group; call add_noisy_groups() and adapt"
+            )
+        num_clean = sum(n for n, g in zip(counts, groups, strict=False) if not g.noisy)
+        num_noisy = sum(counts[:-1]) - num_clean
+        noisy = order[num_clean : num_clean + num_noisy] if num_noisy else None
+        return cls(order, invert(order), tuple(counts), noisy)
+
+
+def group_table(config: ModelConfig) -> torch.Tensor:
+    """int64 (2, 4): the group of [noisy, modality]; one past the number of pads where none is."""
+    groups = list(config.ordered_groups.values())
+    table = torch.full((2, len(Modality)), len(groups) + 1)
+    for number, group in enumerate(groups):
+        for name in group.modalities:
+            table[int(group.noisy), Modality[name.upper()]] = number
+    return table
+
+
+def invert(order: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes `order`."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is a gather too (index_select would scatter, which is slower)."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):  # type: ignore[override] # torch's own signature is *args
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override] # torch's own signature is *args
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Rows of x in another order."""
+    return _Permute.apply(x, order, inverse)  # type: ignore[return-value] # apply is untyped
+
+
+class Experts(nn.Module):
+    """One group's experts, packed (E, ...), and its router."""
+
+    load: torch.Tensor
+    balance: torch.Tensor
+
+    def __init__(self, config: ModelConfig, group: GroupConfig) -> None:
+        super().__init__()
+        self.num_experts, self.num_active = group.num_experts, group.num_active
+        shape = (group.num_experts, config.width, 2 * config.expert_hidden)
+        self.gate_up = nn.Parameter(torch.empty(shape))
+        self.down = nn.Parameter(torch.empty(shape[0], config.expert_hidden, config.width))
+        self.router: nn.Parameter | None = None
+        if group.router == "token_choice":
+            self.router = nn.Parameter(torch.empty(config.width, group.num_experts))
+            self.register_buffer("balance", torch.zeros(group.num_experts))
+        # ids per expert since the last `update_balance`; counted while training only
+        self.register_buffer("load", torch.zeros(group.num_experts), persistent=False)
+
+    def forward(self, x_GD: torch.Tensor) -> torch.Tensor:
+        """Also runs on no ids at all while training: absent groups get zero gradients, not None."""
+        if self.router is None:
+            self._count(len(x_GD))
+            return _swiglu(x_GD, self.gate_up[0], self.down[0])
+        gates_GC, chosen_GC = self._route(x_GD)
+        flat = chosen_GC.flatten()
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        self._count(counts)
+        order = torch.argsort(flat, stable=True)
+        inverse = invert(order)
+        repeated = x_GD.repeat_interleave(self.num_active, 0) if self.num_active > 1 else x_GD
+        parts = permute(repeated, order, inverse).split(counts.tolist())
+        weights = zip(parts, self.gate_up.unbind(), self.down.unbind(), strict=True)
+        y = permute(torch.cat([_swiglu(*w) for w in weights]), inverse, order)
+        y_GCD = y.unflatten(0, chosen_GC.shape) * gates_GC[..., None]
+        return y_GCD.sum(1).to(y.dtype)
+
+    def _route(self, x_GD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Sigmoid scores in float32; the balancing bias decides who is chosen and never enters the
+        # gate (loss-free balancing, arXiv 2408.15664). Gates are 2/C sigmoid: they sum to one at a
+        # score of zero, so that copies of one expert compute what the one computed.
+        assert self.router is not None
+        exact = torch.promote_types(x_GD.dtype, torch.float32)
+        with torch.autocast(x_GD.device.type, enabled=False):
+            scores_GE = torch.sigmoid(x_GD.to(exact) @ self.router.to(exact))
+        biased = scores_GE.detach() + self.balance.to(exact)
+        chosen_GC = biased.topk(self.num_active, dim=-1, sorted=False).indices
+        return scores_GE.gather(1, chosen_GC) * (2 / self.num_active), chosen_GC
+
+    def _count(self, counts: torch.Tensor | int) -> None:
+        if self.training and torch.is_grad_enabled():  # sampling in a training run does not count
+            self.load += counts
+
+    @torch.no_grad()
+    def update_balance(self, rate: float) -> None:
+        """Move the bias against the load since the last call (eq. 3), then forget the load."""
+        if self.router is not None and self.router.requires_grad:
+            self.balance += rate * torch.sign(self.load.mean() - self.load).to(self.balance.dtype)
+        self.load.zero_()
+
+
+def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = (x @ gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down
+
+
+class ModalityMoE(nn.Module):
+    """The feed-forward half of a layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(
+            {name: Experts(config, group) for name, group in config.ordered_groups.items()}
+        )
+
+    def forward(self, x_BTD: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Each id through its group; pads give zero."""
+        x_ND = permute(x_BTD.flatten(0, 1), dispatch.order, dispatch.inverse)
+        *parts, pads = x_ND.split(dispatch.counts)
+        touch = torch.is_grad_enabled()
+        out = [
+            experts(part)
+            for experts, part in zip(self.groups.values(), parts, strict=True)
+            if touch or len(part)
+        ]
+        dtype = out[0].dtype if out else x_ND.dtype
+        out.append(torch.zeros_like(pads, dtype=dtype))
+        return permute(torch.cat(out), dispatch.inverse, dispatch.order).view_as(x_BTD)
+
+    def experts(self) -> list[Experts]:
+        """The groups in the order of a dispatch."""
+        return list(self.groups.values())  # type: ignore[arg-type] # ModuleDict forgets the class
+
+    def grow(self, config: ModelConfig) -> None:
+        """Add the groups that `config` has and this has not, as copies: noisy_x of x."""
+        for name, group in config.ordered_groups.items():
+            if name in self.groups:
+                continue
+            source = self.groups[name.removeprefix("noisy_")]
+            copy = Experts(config, group).to(next(source.parameters()))
+            copy.load_state_dict(source.state_dict())
+            self.groups[name] = copy.train(source.training)

@@ -1,0 +1,330 @@
+"""The decoder: one stream of ids in, one hidden vector per id out.
+
+Pre-norm blocks of grouped-query attention and ModalityMoE. The residual stream stays in the dtype
+of the embedding; autocast makes the projections bf16. The same forward serves pretraining on
+packed rows, cached decoding, and the joint layout of clean and noisy ids.
+
+Legend: B batch, T row, D width, V vocabulary.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mmpt.config import UserError, from_dict, to_dict, write_atomic
+from mmpt.model.attention import Attention, Layout, Piece, RMSNorm, Rotary, plan_pieces
+from mmpt.model.cache import KVCache, LayerCache
+from mmpt.model.config import ModelConfig
+from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
+from mmpt.vocab import Modality, Vocabulary
+
+FORMAT_VERSION = 1
+
+
+class Layer(nn.Module):
+    """Attention, then experts, each behind a norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm, self.expert_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention, self.experts = Attention(config), ModalityMoE(config)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        *,
+        rotary: Rotary,
+        pieces: list[Piece] | None,
+        dispatch: Dispatch,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.attention(
+            self.attention_norm(x_BTD),
+            rotary=rotary,
+            pieces=pieces,
+            noisy_index=dispatch.noisy_index,
+            cache=cache,
+        )
+        return x_BTD + self.experts(self.expert_norm(x_BTD), dispatch)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with experts grouped by modality."""
+
+    groups: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width)
+        self.head: nn.Parameter | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        if any(group.noisy for group in config.groups.values()) and config.noisy_rank:
+            for layer in self._attentions():
+                layer.add_noisy(config.noisy_rank)
+        self.register_buffer("groups", group_table(config), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, *, seed: int = 0) -> "Decoder":
+        """A fresh model; its weights are a function of the seed alone."""
+        model = cls(config)
+        _initialise(model, torch.Generator().manual_seed(seed))
+        return model
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        *,
+        modality: torch.Tensor,
+        position: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
+        block: torch.Tensor | None = None,
+        limit: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        append: bool = True,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) after the final norm, of ids (B, T).
+
+        modality, position, document, block, limit: int64 (B, T), see `Layout`. Without `document` a
+        row is one document without pads; without `position` its ids are counted on from the cache.
+        With a cache, the ids see what it holds, and are appended to it unless `append` is False.
+        """
+        past = 0 if cache is None else len(cache)
+        plain = document is None and block is None and past == 0
+        layout = _layout(ids, position, document, block, limit, past)
+        pieces = None if plain else _pieces(layout, cache)
+        group = self.groups[(layout.block >= 0).long(), modality]
+        group = torch.where(layout.document < 0, len(self.config.groups), group)
+        dispatch = Dispatch.plan(group, self.config)
+        if cache is not None:
+            cache.begin(append=append)
+        x_BTD = F.embedding(ids, self.embedding)
+        rotary = Rotary.at(layout.position, self.config, x_BTD.dtype)
+        for number, layer in enumerate(self.layers):
+            kept = None if cache is None else cache.layers[number]
+            x_BTD = layer(x_BTD, rotary=rotary, pieces=pieces, dispatch=dispatch, cache=kept)
+        if cache is not None and append:
+            cache.commit(layout)
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores (..., V) of the next id, or (..., n) of candidate `ids` (n,); at least float32."""
+        weight = self.embedding if self.head is None else self.head
+        scores = F.linear(hidden, weight if ids is None else weight.index_select(0, ids))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache(self.config.num_layers)
+
+    def add_noisy_groups(self, *, seed: int = 0) -> None:
+        """Grow the experts of noisy ids as copies of the clean ones, once per group with media.
+
+        Low-rank attention weights of `config.noisy_rank` come with them, zero at the start: a noisy
+        id is then computed exactly as a clean one. Nothing changes for clean ids, ever.
+        """
+        grown = dict(self.config.groups)
+        for name, group in self.config.groups.items():
+            media = tuple(m for m in group.modalities if m != Modality.TEXT.name.lower())
+            if media and not group.noisy and f"noisy_{name}" not in grown:
+                grown[f"noisy_{name}"] = replace(group, modalities=media, noisy=True)
+        if grown == self.config.groups:
+            return
+        self.config = replace(self.config, groups=grown)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self._layers():
+            layer.experts.grow(self.config)
+            if self.config.noisy_rank:
+                layer.attention.add_noisy(self.config.noisy_rank)
+                _initialise_low_rank(layer.attention, generator)
+        self.groups = group_table(self.config).to(self.groups.device)
+
+    def freeze_for_adaptation(self) -> list[nn.Parameter]:
+        """Train only what noisy ids use; returns those parameters.
+
+        Every weight that a clean id meets is frozen, so the plain autoregressive pass stays
+        bit-equal through adaptation.
+        """
+        if not any(group.noisy for group in self.config.groups.values()):
+            raise UserError("this model has no noisy groups; call add_noisy_groups() first")
+        self.requires_grad_(False)
+        trained = [p for noisy, p in self._used_by_noisy() if noisy]
+        for parameter in trained:
+            parameter.requires_grad_()
+        return trained
+
+    @property
+    def frozen_clean(self) -> bool:
+        """Whether clean ids are computed by frozen weights only."""
+        return not any(p.requires_grad for noisy, p in self._used_by_noisy() if not noisy)
+
+    def update_balance(self, rate: float = 1e-3) -> None:
+        """After an optimiser step: move the routers' biases against the load, and reset it."""
+        groups = list(self._groups())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            loads = torch.cat([experts.load for experts in groups])
+            torch.distributed.all_reduce(loads)
+            sizes = [len(experts.load) for experts in groups]
+            for experts, load in zip(groups, loads.split(sizes), strict=True):
+                experts.load.copy_(load)
+        for experts in groups:
+            experts.update_balance(rate)
+
+    def expert_loads(self) -> dict[str, torch.Tensor]:
+        """Per group (layers, experts): training ids per expert since the last `update_balance`."""
+        layers = [[e.load for e in layer.experts.experts()] for layer in self._layers()]
+        names = self.config.ordered_groups
+        return {
+            name: torch.stack(loads)
+            for name, loads in zip(names, zip(*layers, strict=True), strict=True)
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / "model.safetensors"
+        temporary = weights.with_name(f"{weights.name}.{os.getpid()}.tmp")
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        try:
+            save_file(tensors, temporary, metadata={"vocabulary": self.config.vocabulary})
+            os.replace(temporary, weights)
+        finally:
+            temporary.unlink(missing_ok=True)
+        data = {"format_version": FORMAT_VERSION, "model": to_dict(self.config)}
+        write_atomic(folder / "config.json", json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, vocabulary: Vocabulary | None = None) -> "Decoder":
+        """Read what `save` wrote, on the CPU; refuses another vocabulary and newer formats."""
+        folder = Path(folder)
+        config = _read_config(folder)
+        if vocabulary is not None:
+            vocabulary.check(config.vocabulary, what=str(folder))
+        model = cls(config)
+        try:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model.load_state_dict(tensors, assign=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder} has no readable model.safetensors: {error}") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {reason}"
+            ) from None
+        return model
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights that are stored."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self, modality: Modality, *, noisy: bool = False) -> int:
+        """Weights that one id of this medium multiplies with, the head included."""
+        config, attention = self.config, next(iter(self._attentions()))
+        per_expert = 3 * config.width * config.expert_hidden
+        name = list(config.ordered_groups)[int(self.groups[int(noisy), modality])]
+        group = config.groups[name]
+        router = config.width * group.num_experts if group.router == "token_choice" else 0
+        layer = sum(p.numel() for n, p in attention.named_parameters() if noisy or "noisy" not in n)
+        layer += per_expert * group.num_active + router + 2 * config.width
+        return config.num_layers * layer + config.width * (config.vocab_size + 1)
+
+    def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
+        """Of a forward pass, with `context` keys seen; a training step takes three times that."""
+        attention = 4 * self.config.width * context * self.config.num_layers
+        return 2 * self.num_active_parameters(modality, noisy=noisy) + attention
+
+    def _used_by_noisy(self) -> list[tuple[bool, nn.Parameter]]:
+        # each parameter, and whether noisy ids alone use it
+        names = {name for name, group in self.config.groups.items() if group.noisy}
+        names |= {"noisy_in", "noisy_out"}
+        return [(bool(names & set(n.split("."))), p) for n, p in self.named_parameters()]
+
+    def _layers(self) -> list[Layer]:
+        return list(self.layers)  # type: ignore[arg-type] # ModuleList forgets the class
+
+    def _attentions(self) -> list[Attention]:
+        return [layer.attention for layer in self._layers()]
+
+    def _groups(self) -> list[Experts]:
+        return [experts for layer in self._layers() for experts in layer.experts.experts()]
+
+
+def _layout(
+    ids: torch.Tensor,
+    position: torch.Tensor | None,
+    document: torch.Tensor | None,
+    block: torch.Tensor | None,
+    limit: torch.Tensor | None,
+    past: int,
+) -> Layout:
+    if position is None:
+        position = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape)
+    if document is None:
+        document = torch.zeros_like(ids)
+    if block is None:
+        return Layout.clean(document, position)
+    assert limit is not None, "noisy ids need the limit of what they see"
+    return Layout(document, position, block, limit)
+
+
+def _pieces(layout: Layout, cache: KVCache | None) -> list[Piece]:
+    past = None if cache is None else cache.layout
+    return plan_pieces(layout, layout if past is None else past.cat(layout))
+
+
+@torch.no_grad()
+def _initialise(model: Decoder, generator: torch.Generator) -> None:
+    # Normal, 1/sqrt(fan in); what writes to the stream is divided by sqrt(2 x layers), so that the
+    # stream does not grow with depth (GPT-2). Routers start small, so that gates start near 1 / C.
+    config = model.config
+    deep = (2 * config.num_layers) ** -0.5
+    _normal(model.embedding, 0.02, generator)
+    if model.head is not None:
+        _normal(model.head, config.width**-0.5, generator)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        _normal(layer.attention.project_in, config.width**-0.5, generator)
+        _normal(layer.attention.project_out, deep * config.width**-0.5, generator)
+        _initialise_low_rank(layer.attention, generator)
+        for experts in layer.experts.experts():
+            _normal(experts.gate_up, config.width**-0.5, generator)
+            _normal(experts.down, deep * config.expert_hidden**-0.5, generator)
+            if experts.router is not None:
+                _normal(experts.router, 0.1 * config.width**-0.5, generator)
+
+
+@torch.no_grad()
+def _initialise_low_rank(attention: Attention, generator: torch.Generator) -> None:
+    for low_rank in (attention.noisy_in, attention.noisy_out):
+        if low_rank is not None:
+            _normal(low_rank.down, low_rank.down.shape[1] ** -0.5, generator)
+            low_rank.up.zero_()
+
+
+def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    fresh = torch.randn(weight.shape, generator=generator) * std
+    weight.copy_(fresh.to(weight.device, weight.dtype))
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    try:
+        data = json.loads((folder / "config.json").read_text())
+        version, model = data["format_version"], data["model"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} holds no model (config.json: {error})") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format {version}; this mmpt reads {FORMAT_VERSION}: upgrade")
+    return from_dict(ModelConfig, model, where=f"{folder}/config.json")

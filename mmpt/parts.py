@@ -1,0 +1,167 @@
+"""What a person hands in and gets back: Text, Image, Video, Audio, and Message.
+
+The same types go in and come out. Loading accepts what users have and refuses the rest in one line;
+see `mmpt/media.py` for the formats.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+
+from mmpt import media
+from mmpt.config import UserError, write_atomic
+from mmpt.media import Source
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text; `<boi>` and its kin are ordinary characters in it."""
+
+    text: str
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        """Read UTF-8."""
+        return cls(media.read_text(source))
+
+    def save(self, path: str | Path) -> None:
+        """Write UTF-8."""
+        check_unicode(self.text)
+        write_atomic(path, self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """pixels: uint8 (height, width, 3), sRGB."""
+
+    pixels: np.ndarray
+
+    def __post_init__(self) -> None:
+        _check_array(self.pixels, "pixels", np.uint8, (None, None, 3))
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        """Read any still picture that Pillow reads, upright, alpha composited on white."""
+        return cls(media.read_picture(source))
+
+    def save(self, path: str | Path) -> None:
+        """Write PNG, or the format that the suffix names."""
+        write_atomic(path, media.picture_bytes(self.pixels, _suffix(path)))
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """frames: uint8 (num_frames, height, width, 3); fps: frames a second."""
+
+    frames: np.ndarray
+    fps: float
+
+    def __post_init__(self) -> None:
+        _check_array(self.frames, "frames", np.uint8, (None, None, None, 3))
+        if not 0 < self.fps <= media.MAX_FPS:
+            raise UserError(f"fps = {self.fps}; needs a value above 0 and at most 1000")
+
+    @classmethod
+    def load(cls, source: Source, *, max_frames: int | None = None) -> Self:
+        """Read an animated WebP or GIF, or any film that PyAV decodes; a still is one frame."""
+        return cls(*media.read_video(source, max_frames=max_frames))
+
+    def save(self, path: str | Path) -> None:
+        """Write MP4 (H.264), or an animated .webp or .gif."""
+        write_atomic(path, media.video_bytes(self.frames, self.fps, _suffix(path)))
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """wave: float32 (num_samples,), mono in [-1, 1]; sample_rate in Hz."""
+
+    wave: np.ndarray
+    sample_rate: int
+
+    def __post_init__(self) -> None:
+        _check_array(self.wave, "wave", np.float32, (None,))
+        media.check_finite(self.wave, "the sound")
+        media.check_sample_rate(self.sample_rate, "the sound")
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return len(self.wave) / self.sample_rate
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        """Read what libsndfile reads (WAV, FLAC, Ogg, MP3); all channels are averaged."""
+        return cls(*media.read_sound(source))
+
+    def resample(self, sample_rate: int) -> "Audio":
+        """The same sound at another rate (windowed sinc)."""
+        if sample_rate == self.sample_rate:
+            return self
+        import torch
+        import torchaudio.functional as F
+
+        # keep the ratio small: an odd rate such as 44,099 would need a kernel of gigabytes
+        divisor = math.gcd(sample_rate, self.sample_rate)
+        if max(sample_rate, self.sample_rate) // divisor > 2000:
+            raise UserError(
+                f"cannot resample {self.sample_rate} Hz to {sample_rate} Hz; use a usual rate"
+            )
+        wave = F.resample(torch.from_numpy(self.wave), self.sample_rate, sample_rate)
+        return Audio(wave.clamp(-1, 1).numpy(), sample_rate)
+
+    def save(self, path: str | Path) -> None:
+        """Write 16-bit WAV, or the format that the suffix names."""
+        write_atomic(path, media.sound_bytes(self.wave, self.sample_rate, _suffix(path)))
+
+
+Part = Text | Image | Video | Audio
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side said: parts in order."""
+
+    role: Literal["user", "assistant"]
+    content: tuple[Part, ...]
+
+
+def load_part(path: str | Path) -> Part:
+    """Load a file as the part that its suffix names; an animated picture is a Video."""
+    suffix = _suffix(path)
+    if suffix in (".txt", ".md"):
+        return Text.load(path)
+    if suffix in (".wav", ".flac", ".ogg", ".opus", ".mp3"):
+        return Audio.load(path)
+    if suffix in (".mp4", ".webm", ".mkv", ".mov", ".avi"):
+        return Video.load(path)
+    if suffix in (".gif", ".webp", ".png"):
+        frames, fps = media.read_animation(path)
+        return Video(frames, fps) if len(frames) > 1 else Image(frames[0])
+    return Image.load(path)
+
+
+def check_unicode(text: str) -> None:
+    """Refuse a text that has no UTF-8: undecodable arguments of a shell come in like that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text holds a lone surrogate at character {error.start}") from None
+
+
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
+def _check_array(array: np.ndarray, name: str, dtype: type, shape: tuple[int | None, ...]) -> None:
+    kind, sides = getattr(array, "dtype", type(array).__name__), tuple(np.shape(array))
+    fits = len(sides) == len(shape) and all(
+        want is None or have == want for have, want in zip(sides, shape, strict=True)
+    )
+    if not isinstance(array, np.ndarray) or not fits or kind != dtype or array.size == 0:
+        wanted = ", ".join("n" if side is None else str(side) for side in shape)
+        raise UserError(
+            f"{name} must be a {dtype.__name__} array ({wanted}), not empty; got {kind} {sides}"
+        )

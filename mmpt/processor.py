@@ -1,0 +1,164 @@
+"""Parts <-> local codes <-> ids: the codecs of one vocabulary, together.
+
+Big pictures and clips are shrunk so that their longer side is `max_side` pixels; sides are rounded
+to multiples of the codec's factor. What was encoded is what a model sees, so a result never claims
+more detail than its codes hold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mmpt.config import UserError
+from mmpt.parts import Audio, Image, Part, Text, Video
+from mmpt.stream import Segment
+from mmpt.tokenizers import load as load_codec
+from mmpt.tokenizers.base import Codec
+from mmpt.tokenizers.image import FACTOR, ImageCodec
+from mmpt.tokenizers.speech import SpeechCodec
+from mmpt.tokenizers.text import TextCodec, text_ids
+from mmpt.tokenizers.train import from_pixels, to_pixels
+from mmpt.tokenizers.video import VideoCodec
+from mmpt.vocab import Modality, Vocabulary
+
+# the codecs that a newcomer starts with
+DEFAULT_TOKENIZERS = ("text-2k", "image-f8", "video-f8t4", "speech-12hz")
+FPS = 12.0  # of generated clips; codes do not carry time
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The vocabulary and its codecs. `max_side` in pixels."""
+
+    vocabulary: Vocabulary
+    text: TextCodec
+    media: Mapping[Modality, Codec]
+    max_side: int = 64
+
+    @classmethod
+    def load(
+        cls,
+        tokenizers: Sequence[str] = DEFAULT_TOKENIZERS,
+        *,
+        vocabulary: Vocabulary | str | Path | None = None,
+        max_side: int = 64,
+    ) -> "Processor":
+        """Open codecs by name or folder and lay out (or check) their vocabulary."""
+        codecs = [load_codec(name) for name in tokenizers]
+        texts = [codec for codec in codecs if isinstance(codec, TextCodec)]
+        if len(texts) != 1:
+            raise UserError(f"a vocabulary needs exactly one text tokenizer, got {len(texts)}")
+        media = {codec.modality: codec for codec in codecs if not isinstance(codec, TextCodec)}
+        if len(media) != len(codecs) - 1:
+            raise UserError("two tokenizers serve the same medium; give one of each")
+        built = _build_vocabulary(texts[0], media)
+        if isinstance(vocabulary, str | Path):
+            vocabulary = Vocabulary.load(vocabulary)
+        if vocabulary is not None:
+            vocabulary.check(built.fingerprint, what="this set of tokenizers")
+        return cls(vocabulary or built, texts[0], media, max_side)
+
+    @property
+    def separator(self) -> np.ndarray:
+        """The ids between two adjacent texts: a new line."""
+        return text_ids(self.text, "\n")
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[Segment]:
+        """Local codes of each part, in order. Raises UserError in one line for what cannot be."""
+        return [self._encode(part) for part in parts]
+
+    def decode_segments(self, segments: Sequence[Segment]) -> list[Part]:
+        """The parts of segments; speech spans that follow each other are one sound."""
+        parts: list[Part] = []
+        for segment in merge_speech(segments):
+            parts.append(self._decode(segment))
+        return parts
+
+    def _codec(self, modality: Modality) -> Codec:
+        if modality not in self.media:
+            raise UserError(f"this model has no {modality.name.lower()} tokenizer")
+        return self.media[modality]
+
+    def _encode(self, part: Part) -> Segment:
+        if isinstance(part, Text):
+            return Segment(Modality.TEXT, text_ids(self.text, part.text))
+        if isinstance(part, Image):
+            pixels = fit_pixels(to_pixels(part.pixels[None]), self.max_side)
+            codes = self._codec(Modality.IMAGE).encode(pixels)
+            return Segment(Modality.IMAGE, codes[0, :, :, 0].cpu().numpy())
+        if isinstance(part, Video):
+            pixels = fit_pixels(to_pixels(part.frames), self.max_side)
+            codes = self._codec(Modality.VIDEO).encode(pixels[None])
+            return Segment(Modality.VIDEO, codes[0, ..., 0].cpu().numpy())
+        if isinstance(part, Audio):
+            codec = self._codec(Modality.SPEECH)
+            assert isinstance(codec, SpeechCodec)
+            wave = torch.from_numpy(part.resample(codec.sample_rate).wave)
+            return Segment(Modality.SPEECH, codec.encode(wave[None])[0, :, 0].cpu().numpy())
+        raise UserError(f"{type(part).__name__} is no Text, Image, Video or Audio")
+
+    def _decode(self, segment: Segment) -> Part:
+        codes = torch.from_numpy(np.ascontiguousarray(segment.codes))
+        if segment.modality == Modality.TEXT:
+            return Text(self.text.decode(codes[:, None]))
+        codec = self._codec(segment.modality)
+        if isinstance(codec, ImageCodec):
+            return Image(from_pixels(codec.decode(codes[None, ..., None]))[0])
+        if isinstance(codec, VideoCodec):
+            return Video(from_pixels(codec.decode(codes[None, ..., None])[0]), FPS)
+        assert isinstance(codec, SpeechCodec)
+        wave = codec.decode(codes[None, :, None])[0].cpu().numpy()
+        return Audio(wave, codec.sample_rate)
+
+
+def merge_speech(segments: Sequence[Segment]) -> list[Segment]:
+    """Join speech segments that stand next to each other: one sound is many spans."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if last and last.modality == segment.modality == Modality.SPEECH:
+            merged[-1] = Segment(last.modality, np.concatenate([last.codes, segment.codes]))
+        else:
+            merged.append(segment)
+    return merged
+
+
+def fit_pixels(pixels: torch.Tensor, max_side: int) -> torch.Tensor:
+    """Shrink (n, 3, H, W) so that the longer side is at most `max_side`; sides become multiples of 8."""
+    height, width = pixels.shape[-2:]
+    scale = min(1.0, max_side / max(height, width))
+    size = [max(FACTOR, round(side * scale / FACTOR) * FACTOR) for side in (height, width)]
+    if size == [height, width]:
+        return pixels
+    made = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return made.clamp(-1, 1)
+
+
+def _build_vocabulary(text: TextCodec, media: Mapping[Modality, Codec]) -> Vocabulary:
+    """Image and video share the range `visual` when the video codec extends that image codec."""
+    image, video = media.get(Modality.IMAGE), media.get(Modality.VIDEO)
+    codebooks: list[tuple[str, int, dict[str, str], None]] = []
+    for name, codec in (
+        ("visual", image),
+        ("video", video),
+        ("speech", media.get(Modality.SPEECH)),
+    ):
+        if codec is None:
+            continue
+        made_by = {codec.modality.name.lower(): codec.fingerprint}
+        if codec is video and isinstance(video, VideoCodec) and isinstance(image, ImageCodec):
+            if video.config.image_fingerprint != image.fingerprint:
+                raise UserError(
+                    f"{video.name} extends image tokenizer {video.config.image_fingerprint}, "
+                    f"but {image.name} is {image.fingerprint}; use the pair that belongs together"
+                )
+            codebooks[0][2].update(made_by)
+        else:
+            codebooks.append((name, codec.codebook_size, made_by, None))
+    return Vocabulary.build(
+        num_text=text.codebook_size, text_fingerprint=text.fingerprint, codebooks=codebooks
+    )

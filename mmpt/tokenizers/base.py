@@ -1,0 +1,163 @@
+"""The codec contract: encode, decode, stream, fingerprint, save and load.
+
+Codes come from one path. A codec cuts its medium into units of fixed shape (an image; the next
+four frames; 0.8 s of sound) and computes each unit alone, in fp32, with batch size one; encoding a
+whole medium IS pushing it through a stream. So the codes of a streamed medium equal the codes of
+the whole, for any chunking, ragged tail and batch, by construction and not by luck of rounding.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mmpt import hub
+from mmpt.config import UserError, from_dict, to_dict, write_atomic
+from mmpt.tokenizers import KINDS
+from mmpt.vocab import Modality
+
+FORMAT_VERSION = 1
+
+
+class Codec(nn.Module, abc.ABC):
+    """A media tokenizer. `config` is frozen; codes are int64 (batch, ..., codebooks)."""
+
+    kind: ClassVar[str]
+    modality: ClassVar[Modality]
+    config_class: ClassVar[type]
+    name: str = ""  # the folder it was loaded from
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    @abc.abstractmethod
+    def codebook_size(self) -> int:
+        """Number of legal codes; each is in [0, codebook_size)."""
+
+    @property
+    @abc.abstractmethod
+    def rate(self) -> str:
+        """Codes per unit of medium, for people: '64 codes per 64 x 64 pixels'."""
+
+    @abc.abstractmethod
+    def defining_tensors(self) -> dict[str, Tensor]:
+        """The tensors that define the codes (encoder and quantiser), for the fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the config and the tensors that define the codes, 16 hex digits."""
+        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.defining_tensors().items()):
+            digest.update(name.encode())
+            # as stored: a freshly trained codec and the same codec loaded agree
+            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec computes."""
+        return next(self.parameters()).device
+
+    def check_codes(self, codes: Tensor, num_dims: int) -> Tensor:
+        """Refuse codes of a wrong shape or range; returns them as int64 on the codec's device."""
+        if codes.ndim != num_dims or codes.shape[-1] != 1 or codes.numel() == 0:
+            raise UserError(
+                f"{self.kind} codes need {num_dims} dimensions, the last of size 1, and at least "
+                f"one code; got shape {tuple(codes.shape)}"
+            )
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.codebook_size:
+            raise UserError(
+                f"{self.kind} codes must be in [0, {self.codebook_size}); got {low} to {high}"
+            )
+        return codes.to(self.device, torch.int64)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (fp16), each atomically."""
+        folder = Path(folder)
+        config = {"format_version": FORMAT_VERSION, "kind": self.kind, **to_dict(self.config)}
+        tensors = {
+            name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
+            for name, tensor in self.state_dict().items()
+        }
+        write_atomic(folder / "model.safetensors", safetensors.torch.save(tensors))
+        write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+    def load_weights(self, folder: Path) -> None:
+        """Fill this module from `folder`/model.safetensors; strict, computed in fp32."""
+        try:
+            tensors = safetensors.torch.load_file(folder / "model.safetensors")
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+            self.load_state_dict(tensors, strict=True)
+        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{folder}/model.safetensors does not fit its config: {reason}"
+            ) from None
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> Self:
+        """Open what `save` wrote; `config` is the content of config.json."""
+        codec = cls(from_dict(cls.config_class, config, where=f"{folder}/config.json"))
+        codec.load_weights(folder)
+        return codec.eval()
+
+
+def codec_folder(name_or_path: str | Path) -> Path:
+    """The folder of a codec given as a path or as a name of the shipped zoo."""
+    for folder in (Path(name_or_path), hub.shipped("tokenizers") / str(name_or_path)):
+        if (folder / "config.json").is_file():
+            return folder
+    known = ", ".join(codec_names())
+    raise UserError(
+        f"no tokenizer {str(name_or_path)!r}; give a folder with config.json or one of: {known}"
+    )
+
+
+def codec_names() -> list[str]:
+    """The names of the shipped zoo."""
+    return sorted(path.parent.name for path in hub.shipped("tokenizers").glob("*/config.json"))
+
+
+def load_codec(name_or_path: str | Path) -> Codec:
+    """Open a codec by name or folder. Raises UserError in one line."""
+    folder = codec_folder(name_or_path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        version, kind = config.pop("format_version"), config.pop("kind")
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json is no codec config: {error!r}") from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format {version}; this mmpt reads up to {FORMAT_VERSION}: upgrade"
+        )
+    if kind not in KINDS:
+        raise UserError(f"{folder}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    module, class_name = KINDS[kind].split(":")
+    codec = getattr(importlib.import_module(module), class_name).load(folder, config)
+    codec.name = folder.resolve().name
+    return codec
+
+
+def tensors_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The state of the named submodules, by full name."""
+    prefixes = tuple(f"{name}." for name in names)
+    return {key: value for key, value in module.state_dict().items() if key.startswith(prefixes)}
+
+
+def config_hash(config: Any) -> str:
+    """A short hash of a config dataclass."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,112 @@
+"""What a training run is made of, as TOML says it."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mmpt.config import UserError, load_recipe, to_toml, write_atomic
+from mmpt.data.loader import DataConfig
+from mmpt.model.config import ModelConfig
+from mmpt.train.optim import OptimConfig
+from mmpt.vocab import Modality, Vocabulary
+
+# what may change when a run goes on: it moves no weight
+FREE = ("checkpoint_every", "keep", "device", "vocabulary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """What pretraining and adaptation have in common."""
+
+    data: DataConfig
+    steps: int
+    vocabulary: str = ""  # path of the vocabulary.json that `mmpt encode` wrote
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
+    accumulate: int = 1  # batches a step
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    keep: int = 2  # checkpoints
+    max_bad_steps: int = 10  # steps in a row whose loss is not finite, before the run stops
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
+        known = [modality.name.lower() for modality in Modality]
+        for name, weight in self.loss_weights.items():
+            if name not in known or weight < 0:
+                raise UserError(
+                    f"loss_weights.{name} = {weight}; use {', '.join(known)} with at least 0"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe(RunRecipe):
+    """Pretraining. The model's vocab_size and vocabulary follow from `vocabulary`."""
+
+    model: ModelConfig
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptRecipe(RunRecipe):
+    """Adaptation to parallel decoding, from the model or run folder `start`."""
+
+    start: str = ""
+    max_noisy: int = 512  # noisy ids a row
+
+
+R = TypeVar("R", bound=RunRecipe)
+
+
+def load_run_recipe(
+    cls: type[R], path: str | Path, overrides: Iterable[str] = ()
+) -> tuple[R, Vocabulary]:
+    """A recipe and the vocabulary it names; a model's vocabulary fields are filled in."""
+    overrides = list(overrides)
+    if issubclass(cls, TrainRecipe):
+        overrides.append("model.vocab_size=1")
+    recipe = load_recipe(cls, path, overrides)
+    if not recipe.vocabulary:
+        raise UserError(f"{path}: vocabulary is missing; give the vocabulary.json of mmpt encode")
+    vocabulary = Vocabulary.load(recipe.vocabulary)
+    if isinstance(recipe, TrainRecipe):
+        recipe = replace(recipe, model=fit_model(recipe.model, vocabulary))
+    return recipe, vocabulary
+
+
+def fit_model(config: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
+    """The same model over the ids of a vocabulary."""
+    return replace(config, vocab_size=len(vocabulary), vocabulary=vocabulary.fingerprint)
+
+
+def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
+    """Store the resolved recipe in the run folder; a resumed run must have the same one."""
+    path = run / "recipe.toml"
+    if resumed and path.is_file():
+        ours, theirs = (
+            dict(_flatten(tomllib.loads(t))) for t in (to_toml(recipe), path.read_text())
+        )
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key) and key.partition(".")[0] not in FREE:
+                raise UserError(
+                    f"{run} was begun with {key} = {theirs.get(key)}, now it is {ours.get(key)}; "
+                    "restore the old value or choose a new --out"
+                )
+    try:
+        write_atomic(path, to_toml(recipe))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

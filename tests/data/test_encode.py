@@ -1,0 +1,172 @@
+import tarfile
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from mmpt.config import UserError
+from mmpt.data.encode import count_codes, encode_shards, with_used_codes
+from mmpt.data.shards import Document, is_heldout, write_shard
+from mmpt.data.tokens import EncodedDocument, TokenShard
+from mmpt.parts import Image, Text
+from mmpt.stream import Segment
+from mmpt.vocab import Modality, Vocabulary
+
+
+@dataclass
+class ByteProcessor:
+    """Text as bytes, pictures as the top two bits of their pixels' red: a codec of four lines."""
+
+    vocabulary: Vocabulary
+    calls: int = 0
+    max_side: int = 64
+    separator = np.array([10])
+
+    def encode_parts(self, parts):
+        self.calls += 1
+        return [self._encode(part) for part in parts]
+
+    def _encode(self, part):
+        if isinstance(part, Text):
+            if "\x07" in part.text:
+                raise UserError("bad text: it rings a bell")
+            return Segment(Modality.TEXT, np.frombuffer(part.text.encode(), dtype=np.uint8))
+        return Segment(Modality.IMAGE, part.pixels[..., 0] // 64)
+
+
+@pytest.fixture
+def processor(vocabulary):
+    return ByteProcessor(vocabulary)
+
+
+def write_raw(path, number, text="document {}"):
+    rng = np.random.default_rng(number)
+    documents = [
+        Document(
+            f"d-{index}",
+            f"d-{index}",
+            "any",
+            [Text(text.format(index)), Image(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))],
+        )
+        for index in range(number)
+    ]
+    write_shard(path, documents)
+    return path
+
+
+def encode(shards, out, processor):
+    return encode_shards(shards, out, processor, progress=False)
+
+
+def test_each_raw_shard_becomes_a_token_shard_of_its_documents(tmp_path, processor):
+    raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 5)]
+    report = encode(raws, tmp_path / "out", processor)
+    assert [path.name for path in report.shards] == ["raw-3.tokens.tar", "raw-5.tokens.tar"]
+    assert (report.documents, report.bad, report.kept) == (8, 0, 0)
+    documents = [document for path in report.shards for document in TokenShard(path)]
+    texts = [bytes(document.segments[0].codes.astype(np.uint8)).decode() for document in documents]
+    assert texts == [f"document {index}" for number in (3, 5) for index in range(number)]
+    assert all(document.segments[1].codes.shape == (4, 6) for document in documents)
+    assert TokenShard(report.shards[0]).separator.tolist() == [10]
+
+
+def test_finished_shards_are_kept_and_new_ones_are_equal(tmp_path, processor, vocabulary):
+    raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 5)]
+    report = encode(raws[:1], tmp_path / "out", processor)
+    again = ByteProcessor(vocabulary)
+    resumed = encode(raws, tmp_path / "out", again)
+    assert resumed.kept == 1
+    assert again.calls == 5
+    assert resumed.documents == 8
+    whole = encode(raws, tmp_path / "whole", processor)
+    for ours, theirs in zip(resumed.shards, whole.shards, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert report.shards[0] == resumed.shards[0]
+
+
+def test_a_stale_changed_or_damaged_shard_is_encoded_again(tmp_path, processor, make_vocabulary):
+    raw = write_raw(tmp_path / "raw.tar", 3)
+    [path] = encode([raw], tmp_path, processor).shards
+    newer = ByteProcessor(make_vocabulary("image-2"))
+    assert encode([raw], tmp_path, newer).kept == 0
+    assert encode([raw], tmp_path, newer).kept == 1
+    path.write_bytes(path.read_bytes()[:1000])
+    assert encode([raw], tmp_path, newer).kept == 0
+    newer.max_side = 32
+    assert encode([raw], tmp_path, newer).kept == 0
+    write_raw(raw, 3, text="changed {}")
+    assert encode([raw], tmp_path, newer).kept == 0
+    assert len(TokenShard(path)) == 3
+
+
+def test_bad_samples_are_counted_and_listed(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 3, text="{}")
+    documents = [
+        Document("ok", "ok", "any", [Text("fine")]),
+        Document("bell", "bell", "any", [Text("ding \x07")]),
+    ]
+    write_shard(raw, documents)
+    for _ in range(2):
+        report = encode([raw], tmp_path / "out", processor)
+        assert (report.documents, report.bad) == (1, 1)
+    listing = (tmp_path / "out" / "raw.quarantine.jsonl").read_text().splitlines()
+    assert len(listing) == 1
+    assert "rings a bell" in listing[0]
+    assert '"bell"' in listing[0]
+
+
+def test_a_truncated_raw_shard_gives_what_is_whole_and_counts_the_rest(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 5)
+    with tarfile.open(raw) as tar:
+        raw.write_bytes(raw.read_bytes()[: tar.getmembers()[5].offset_data + 10])
+    report = encode([raw], tmp_path / "out", processor)
+    assert 1 <= report.documents < 5
+    assert report.bad >= 1
+
+
+def test_an_interrupted_encoding_leaves_finished_shards_and_no_half_one(
+    tmp_path, processor, vocabulary
+):
+    raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 5)]
+
+    class Stopping(ByteProcessor):
+        def encode_parts(self, parts):
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().encode_parts(parts)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(raws, tmp_path / "out", Stopping(vocabulary))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["raw-3.tokens.tar"]
+    assert encode(raws, tmp_path / "out", processor).kept == 1
+
+
+def test_used_codes_are_those_of_documents_that_are_not_held_out(tmp_path, vocabulary, write_shard):
+    bases = [f"base-{number}" for number in range(40)]
+    documents = [
+        EncodedDocument(base, base, "any", [Segment(Modality.IMAGE, np.full((2, 2), number))])
+        for number, base in enumerate(bases)
+    ]
+    counts = count_codes([write_shard(tmp_path / "a.tokens.tar", documents)])
+    expected = [number for number, base in enumerate(bases) if not is_heldout(base)]
+    assert 20 < len(expected) < 40
+    assert np.flatnonzero(counts[Modality.IMAGE]).tolist() == expected
+    assert set(counts) == {Modality.IMAGE}
+    used = with_used_codes(vocabulary, counts)
+    assert used.fingerprint == vocabulary.fingerprint
+    assert [code_range.used for code_range in used.ranges] == [tuple(expected), None]
+
+
+def test_missing_shards_and_colliding_names_are_one_line(tmp_path, processor):
+    with pytest.raises(UserError, match="no shard at"):
+        encode([tmp_path / "none.tar"], tmp_path / "out", processor)
+    raws = [write_raw(tmp_path / folder / "raw.tar", 1) for folder in ("a", "b")]
+    with pytest.raises(UserError, match="rename one"):
+        encode(raws, tmp_path / "out", processor)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        encode([raw], tmp_path / "file", processor)

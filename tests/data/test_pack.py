@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from mmpt.data.pack import Packer, Piece, split
+from mmpt.stream import StreamBuilder
+from mmpt.vocab import Modality
+
+
+def text_stream(vocabulary, length):
+    return StreamBuilder(vocabulary).text(np.arange(length) % 300).build()
+
+
+def mixed_stream(vocabulary, rng):
+    """Text and images in turn."""
+    builder = StreamBuilder(vocabulary).structure("<bod>")
+    for _ in range(rng.integers(1, 8)):
+        builder.text(rng.integers(0, 300, rng.integers(1, 30)))
+        builder.media(Modality.IMAGE, rng.integers(0, 64, (4, 4)))
+    return builder.structure("<eod>").build()
+
+
+def header(stream, vocabulary, span):
+    return stream.ids[span.start - 3 : span.start].tolist() == [
+        vocabulary.structure_id("<boi>"),
+        *(vocabulary.size_id(side) for side in span.grid[1:]),
+    ]
+
+
+@pytest.mark.parametrize("length", [24, 32, 57, 100])
+def test_pieces_put_together_are_the_stream_and_spans_stay_whole(vocabulary, length):
+    rng = np.random.default_rng(length)
+    for _ in range(30):
+        stream = mixed_stream(vocabulary, rng)
+        pieces = split(stream, length)
+        assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), stream.ids)
+        assert max(map(len, pieces)) <= length
+        spans = [(piece, span) for piece in pieces for span in piece.spans]
+        assert len(spans) == len(stream.spans)
+        for (piece, span), whole in zip(spans, stream.spans, strict=True):
+            place = slice(span.start, span.start + span.length)
+            original = stream.ids[whole.start : whole.start + whole.length]
+            assert np.array_equal(piece.ids[place], original)
+            assert header(piece, vocabulary, span)
+
+
+def test_a_cut_is_as_late_as_spans_allow(vocabulary):
+    builder = StreamBuilder(vocabulary).text(np.arange(10))
+    stream = builder.media(Modality.IMAGE, np.zeros((4, 4))).text(np.arange(10)).build()
+    assert [len(piece) for piece in split(stream, 29)] == [10, 29, 1]
+    assert [len(piece) for piece in split(stream, 30)] == [30, 10]
+    assert [len(piece) for piece in split(stream, 31)] == [31, 9]
+
+
+def test_a_span_longer_than_a_row_is_cut_and_listed_no_more(vocabulary):
+    stream = StreamBuilder(vocabulary).media(Modality.IMAGE, np.zeros((8, 8))).build()
+    pieces = split(stream, 32)
+    assert [len(piece) for piece in pieces] == [32, 32, 4]
+    assert not any(piece.spans for piece in pieces)
+
+
+def test_packing_loses_no_piece_and_repeats_none(vocabulary):
+    rng = np.random.default_rng(0)
+    packer = Packer(64)
+    given, taken = [], []
+    for number in range(300):
+        stream = text_stream(vocabulary, rng.integers(1, 65))
+        given.append(stream.ids.sum() + 1000 * len(stream))
+        packer.add(Piece(number, stream))
+        if len(packer) == 40:
+            taken += packer.row()
+    while len(packer):
+        taken += packer.row()
+    assert sorted(given) == sorted(stream.ids.sum() + 1000 * len(stream) for stream in taken)
+    assert packer.report.pieces == 300
+    assert sum(packer.report.ids.values()) == sum(map(len, taken))
+
+
+def test_rows_are_nearly_full(vocabulary):
+    rng = np.random.default_rng(0)
+    packer = Packer(512)
+    lengths = np.clip(rng.lognormal(4.4, 0.9, 4000), 1, 512).astype(int)
+    for number, length in enumerate(lengths):
+        packer.add(Piece(number, text_stream(vocabulary, length)))
+        if len(packer) == 256:
+            packer.row()
+    assert packer.report.fill > 0.99
+
+
+def test_the_oldest_piece_is_in_the_next_row(vocabulary):
+    packer = Packer(64)
+    packer.add(Piece("old", text_stream(vocabulary, 40)))
+    for number in range(20):
+        packer.add(Piece(number, text_stream(vocabulary, 64)))
+    assert [len(stream) for stream in packer.row()] == [40]
+    assert packer.residue == list(range(20))
+
+
+def test_a_packer_restored_from_its_residue_goes_on_alike(vocabulary):
+    rng = np.random.default_rng(1)
+    streams = [text_stream(vocabulary, length) for length in rng.integers(1, 65, 100)]
+    packer = Packer(64)
+    for number, stream in enumerate(streams):
+        packer.add(Piece(number, stream))
+    packer.row()
+    restored = Packer(64)
+    for number in packer.residue:
+        restored.add(Piece(number, streams[number]))
+    while len(packer):
+        ours, theirs = packer.row(), restored.row()
+        assert [len(stream) for stream in ours] == [len(stream) for stream in theirs]
+        assert packer.residue == restored.residue

@@ -1,0 +1,185 @@
+"""The prepare scripts: their pure parts, and the helpers that fetch and encode."""
+
+import gzip
+import io
+import tarfile
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mmpt.config import UserError
+from mmpt.data import importers, sources
+from mmpt.data.shards import Quarantine, Record, is_heldout, read_documents
+from mmpt.parts import Audio, Image, Text, Video
+
+emoji = sources.load_script("emoji")
+handbook = sources.load_script("handbook")
+prompts = sources.load_script("prompts")
+
+
+def tone(seconds: float = 0.5, rate: int = 16_000) -> np.ndarray:
+    time = np.arange(int(seconds * rate)) / rate
+    return (0.4 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+
+
+def test_opus_is_deterministic_small_and_of_the_same_length():
+    wave = tone(1.0)
+    data = importers.encode_opus(wave, 16_000)
+    assert data == importers.encode_opus(wave, 16_000)
+    assert len(data) < 4000
+    sound = Audio.load(data)
+    assert sound.sample_rate == 16_000
+    assert len(sound.wave) == len(wave)
+    middle = slice(2000, -2000)
+    assert np.corrcoef(sound.wave[middle], wave[middle])[0, 1] > 0.99
+
+
+def test_other_players_accept_the_rewritten_ogg_pages():
+    import av
+
+    data = importers.encode_opus(tone(2.5), 16_000)
+    with av.open(io.BytesIO(data)) as container:
+        num_samples = sum(frame.samples for frame in container.decode(audio=0))
+    assert num_samples / 48_000 == pytest.approx(2.5, abs=0.1)
+
+
+def test_square_keeps_the_aspect_on_white():
+    picture = PIL.Image.new("RGBA", (40, 20), (255, 0, 0, 255))
+    pixels = np.asarray(importers.square(picture, 20))
+    assert pixels.shape == (20, 20, 3)
+    assert (pixels[0] == 255).all()
+    assert tuple(pixels[10, 10]) == (255, 0, 0)
+    clear = importers.square(PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 4)
+    assert (np.asarray(clear) == 255).all()
+
+
+def test_a_clip_keeps_its_frames_and_one_that_stands_still_is_refused():
+    rng = np.random.default_rng(0)
+    frames = [PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in "abc"]
+    data = importers.encode_clip(frames, milliseconds=100, quality=80)
+    video = Video.load(data)
+    assert video.frames.shape == (3, 16, 16, 3)
+    assert video.fps == pytest.approx(10)
+    assert importers.encode_clip([frames[0]] * 3, milliseconds=100, quality=80) is None
+
+
+def test_write_split_parts_by_base_key_and_cuts_shards_by_size(tmp_path):
+    records = [
+        Record(f"k{number}", f"b{number // 2}", "any", ({"type": "text", "text": "x"},), "t", "MIT")
+        for number in range(200)
+    ]
+    paths = importers.write_split(records, tmp_path, "t", max_bytes=100_000)
+    assert len([path for path in paths if "-train-" in path.name]) > 1
+    seen = set()
+    for path in paths:
+        for document in read_documents([path], Quarantine()):
+            assert is_heldout(document.base) is ("-heldout-" in path.name)
+            seen.add(document.key)
+    assert len(seen) == 200
+
+
+def test_a_missing_program_is_named_with_the_command_that_installs_it():
+    with pytest.raises(UserError, match="apt-get install no-such-program"):
+        importers.require_tools("no-such-program")
+
+
+def test_a_package_in_the_cache_is_not_fetched_and_a_broken_one_is_named(tmp_path):
+    with tarfile.open(tmp_path / "scope-thing-1.0.0.tgz", "w:gz") as tar:
+        member = tarfile.TarInfo("package/a.txt")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"hi"))
+    folder = importers.fetch_npm("@scope/thing", "1.0.0", tmp_path)
+    assert (folder / "a.txt").read_text() == "hi"
+    (tmp_path / "other-2.0.0.tgz").write_bytes(gzip.compress(b"no tar at all" * 100)[:60])
+    with pytest.raises(UserError, match="delete it"):
+        importers.fetch_npm("other", "2.0.0", tmp_path)
+
+
+def test_a_package_that_climbs_out_of_its_folder_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "evil-1.0.0.tgz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../../evil.txt"), io.BytesIO())
+    with pytest.raises(UserError, match="damaged"):
+        importers.fetch_npm("evil", "1.0.0", tmp_path)
+    assert not (tmp_path.parent / "evil.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "base"),
+    [
+        ("1f44b-1f3fb", "1f44b"),  # waving hand, light skin
+        ("1f3c3-200d-2642", "1f3c3"),  # man running
+        ("1f3c3-1f3fd-200d-2640-200d-27a1", "1f3c3"),  # woman running to the right, medium skin
+        ("1f469-200d-1f692", "1f9d1-200d-1f692"),  # woman firefighter
+        ("1f468-1f3ff-200d-1f692", "1f9d1-200d-1f692"),
+        ("1f34e", "1f34e"),
+    ],
+)
+def test_variants_of_an_emoji_have_the_base_key_of_the_idea(key, base):
+    assert emoji.base_of(key) == f"emoji-{base}"
+
+
+def test_transcripts_leave_out_what_is_not_speech(tmp_path):
+    text = "; comment\n\nbeep: [a tone]\njoin: <beep>\nsilence/1: (1 second)\n"
+    text += "letters/at: at [@]\nhi:  Hi: you.\n"
+    path = tmp_path / "sounds.txt.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    assert list(prompts.read_transcripts(path)) == [("letters/at", "at"), ("hi", "Hi: you.")]
+
+
+def test_prompts_with_the_same_words_have_one_base_key_and_it_is_for_training_if_it_can():
+    names = {f"p{number}": "Thank you." for number in range(40)} | {"a": "Thank you", "b": "Hello"}
+    bases = prompts.base_keys(names)
+    assert len({bases[name] for name in names if name != "b"}) == 1
+    assert bases["b"] == "prompt-b"
+    assert not is_heldout(bases["a"])
+
+
+PAGE = """<html><head><title>no</title></head><body><nav>menu</nav>
+<div class="x sk-page-content y"><h1>Title<a class="headerlink">P</a></h1><p>One &amp;
+  two.</p><script>no()</script>
+<img src="../_images/sphx_glr_plot_it_001.png" alt="A fine plot" class="sphx-glr-single-img"/>
+<pre>a = 1
+  b = 2
+</pre><img src="../_images/icon.png" alt="icon"><p>End.</p>
+<div class="sphx-glr-footer"><p>footer</p></div></div><p>outside</p></body></html>"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    for folder in ("_images", "modules"):
+        (tmp_path / folder).mkdir()
+    PIL.Image.new("RGB", (200, 100), "red").save(tmp_path / "_images" / "sphx_glr_plot_it_001.png")
+    PIL.Image.new("RGB", (16, 16)).save(tmp_path / "_images" / "icon.png")
+    path = tmp_path / "modules" / "it.html"
+    path.write_text(PAGE)
+    return path
+
+
+def test_a_page_becomes_text_and_figures_in_reading_order(page):
+    items = handbook.read_page(page)
+    texts = [item if isinstance(item, str) else "FIGURE " + item.caption for item in items]
+    assert texts == ["Title", "One & two.", "FIGURE A fine plot", "a = 1\n  b = 2", "End."]
+
+
+def test_a_passage_has_the_base_key_of_the_example_that_drew_its_figure(page):
+    [passage] = handbook.cut_page(handbook.read_page(page), "modules-it", handbook.Settings())
+    assert passage.base == "handbook-plot_it"
+    record = handbook.to_record("key", passage, handbook.Settings())
+    assert [part["type"] for part in record.parts] == ["text", "image", "text"]
+    assert Image.load(record.parts[1]["data"]).pixels.shape == (64, 64, 3)
+    assert record.parts[2]["text"].startswith("A fine plot\na = 1")
+
+
+def test_no_text_of_a_page_stands_in_two_passages(page):
+    figures = [handbook.Figure(page.parent / f"sphx_glr_plot_{name}_001.png", "") for name in "abc"]
+    words = [f"word{number:03d}" for number in range(90)]
+    items = [*words[:30], figures[0], *words[30:60], figures[1], *words[60:], figures[2]]
+    settings = handbook.Settings(max_characters=160)
+    passages = list(handbook.cut_page(items, "page", settings))
+    texts = [part for passage in passages for part in passage.parts if isinstance(part, str)]
+    used = " ".join(texts).split()
+    assert len(passages) == 3
+    assert len(used) == len(set(used))
+    assert used == sorted(used)
+    assert all(isinstance(Text(text), Text) and len(text) <= 100 for text in texts)

@@ -1,0 +1,84 @@
+import signal
+from dataclasses import fields
+
+import pytest
+import torch
+
+from mmpt.config import UserError
+from mmpt.model.transformer import Decoder
+from mmpt.train.adapt import Denoise, adapt, find_model
+from mmpt.train.loop import Trainer, train
+from mmpt.train.recipe import AdaptRecipe, RunRecipe
+
+
+@pytest.fixture
+def trained(tmp_path, recipe, vocabulary):
+    """The run folder of a pretrained model."""
+    train(recipe, tmp_path / "trained", vocabulary=vocabulary, progress=False)
+    return tmp_path / "trained"
+
+
+@pytest.fixture
+def adapt_recipe(recipe, trained):
+    common = {f.name: getattr(recipe, f.name) for f in fields(RunRecipe)}
+    return AdaptRecipe(**common, start=str(trained), max_noisy=40)
+
+
+def plain(model, vocabulary):
+    ids = torch.arange(40)[None] % 300
+    with torch.no_grad():
+        return model.eval()(ids, modality=torch.zeros_like(ids))
+
+
+def test_adaptation_changes_nothing_that_clean_ids_meet(
+    tmp_path, adapt_recipe, trained, vocabulary
+):
+    result = adapt(adapt_recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
+    assert result.finished
+    before = Decoder.load(find_model(trained))
+    after = Decoder.load(find_model(tmp_path / "adapted"))
+    assert torch.equal(plain(before, vocabulary), plain(after, vocabulary))
+    grown, ours = after.state_dict(), before.state_dict()
+    assert all(torch.equal(grown[name], tensor) for name, tensor in ours.items())
+    new = [name for name in grown if "noisy_visual" in name and "down" in name]
+    source = new[0].replace("noisy_visual", "visual")
+    assert new
+    assert not torch.equal(grown[new[0]], grown[source])
+
+
+def test_a_resumed_adaptation_ends_bit_equal(tmp_path, adapt_recipe, vocabulary, tensors_equal):
+    def stop(metrics):
+        if metrics["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    def go(name, **options):
+        folder = tmp_path / name
+        result = adapt(adapt_recipe, folder, vocabulary=vocabulary, progress=False, **options)
+        return result, Decoder.load(result.checkpoint).state_dict()
+
+    assert not go("stopped", on_step=stop)[0].finished
+    assert tensors_equal(go("stopped")[1], go("whole")[1])
+
+
+def test_denoising_reports_only_media(tmp_path, adapt_recipe, vocabulary):
+    result = adapt(adapt_recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
+    assert set(result.last["modality"]) <= {"image", "video", "speech"}
+    assert result.counters.bad_steps == 0
+
+
+def test_rows_without_media_are_no_bad_step(tmp_path, adapt_recipe, vocabulary):
+    model = Decoder.load(find_model(adapt_recipe.start))
+    model.add_noisy_groups()
+    model.freeze_for_adaptation()
+    objective = Denoise(vocabulary, max_noisy=1)  # no block fits
+    trainer = Trainer(
+        adapt_recipe, tmp_path / "run", model=model, vocabulary=vocabulary, objective=objective
+    )
+    metrics = trainer.step()
+    assert metrics["modality"] == {}
+    assert metrics["bad_steps"] == 0
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="no model at"):
+        find_model(tmp_path)

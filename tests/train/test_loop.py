@@ -1,0 +1,236 @@
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmpt.config import UserError, to_toml
+from mmpt.model.transformer import Decoder
+from mmpt.train.checkpoint import latest, list_checkpoints
+from mmpt.train.loop import Trainer, pick_device, pretrainer, train, train_command
+from mmpt.train.loss import NextToken
+from mmpt.train.recipe import TrainRecipe, load_run_recipe
+
+
+@pytest.fixture
+def run(recipe, vocabulary):
+    """Trains in a folder without a progress bar."""
+
+    def go(folder, recipe=recipe, **options):
+        return train(recipe, folder, vocabulary=vocabulary, progress=False, **options)
+
+    return go
+
+
+def weights(folder):
+    return Decoder.load(latest(folder / "checkpoints")).state_dict()
+
+
+def lines(folder, *, timed=False):
+    kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not timed:
+        for line in kept:
+            for key in ("seconds", "data_seconds", "step_seconds"):
+                del line[key]
+    return kept
+
+
+def stop_at(*steps):
+    """Sends SIGINT to this process after these steps."""
+
+    def on_step(metrics):
+        if metrics["step"] in steps:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_step
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, run, tensors_equal):
+    whole = run(tmp_path / "whole")
+    assert whole.finished
+    for folder, step in ((tmp_path / f"stopped-{step}", step) for step in (1, 5, 9)):
+        stopped = run(folder, on_step=stop_at(step))
+        assert not stopped.finished
+        assert stopped.counters.step == step
+        resumed = run(folder)
+        assert resumed.finished
+        assert tensors_equal(weights(folder), weights(tmp_path / "whole"))
+        assert lines(folder) == lines(tmp_path / "whole")
+        ours, theirs = (
+            json.loads((latest(f / "checkpoints") / "state.json").read_text())["state"]["loader"]
+            for f in (folder, tmp_path / "whole")
+        )
+        assert ours == theirs
+
+
+def test_a_run_killed_between_checkpoints_repeats_its_last_steps(tmp_path, run, tensors_equal):
+    class Killed(Exception):
+        pass
+
+    def kill(metrics):
+        if metrics["step"] == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", on_step=kill)
+    (tmp_path / "killed" / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # half a line
+    assert latest(tmp_path / "killed" / "checkpoints").name == "step-00000004"
+    run(tmp_path / "killed")
+    run(tmp_path / "whole")
+    assert tensors_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_loadable_checkpoint(tmp_path, run, number, vocabulary, caplog):
+    before = signal.getsignal(number)
+    result = run(
+        tmp_path / "run",
+        on_step=lambda metrics: metrics["step"] == 3 and signal.raise_signal(number),
+    )
+    assert result.to_json()["exit_status"] == 130
+    assert "stopped at step 3 of 10" in caplog.text
+    assert signal.getsignal(number) == before
+    assert result.checkpoint.name == "step-00000003"
+    Decoder.load(result.checkpoint, vocabulary=vocabulary)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, run):
+    first = run(tmp_path / "run")
+    again = run(tmp_path / "run")
+    assert again.finished
+    assert again.counters == first.counters
+    assert again.checkpoint == first.checkpoint
+    assert again.last == first.last
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_metrics_say_what_was_learned_from(tmp_path, run, another):
+    run(tmp_path / "run", another(steps=60))
+    first, *_, last = lines(tmp_path / "run", timed=True)
+    assert set(first["modality"]) <= {"text", "image", "video", "speech"}
+    total = sum(values["loss"] * values["tokens"] for values in first["modality"].values())
+    counted = sum(values["tokens"] for values in first["modality"].values())
+    assert first["loss"] == pytest.approx(total / counted, rel=1e-5)
+    assert counted < first["step_tokens"] <= 2 * 64
+    for group, load in first["load"].items():
+        assert len(load) == 2, group  # layers
+    assert sum(sum(sum(load) for load in loads) for loads in first["load"].values()) == (
+        2 * first["step_tokens"]
+    )
+    assert last["modality"]["text"]["loss"] < 0.8 * first["modality"]["text"]["loss"]
+    assert last["seconds"] > first["seconds"]
+
+
+def test_a_step_can_be_timed_without_a_trace(tmp_path, recipe, vocabulary):
+    assert 0 < pretrainer(recipe, tmp_path / "run", vocabulary=vocabulary).time_step() < 10
+    assert latest(tmp_path / "run" / "checkpoints") is None
+    assert train(recipe, tmp_path / "run", vocabulary=vocabulary, progress=False).finished
+
+
+def test_accumulated_batches_are_one_step(tmp_path, run, another):
+    both = another(accumulate=2, steps=3)
+    assert run(tmp_path / "run", both).finished
+    assert lines(tmp_path / "run")[0]["step_tokens"] > 64 * 2
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path, run, another):
+    result = run(tmp_path / "bf16", another(precision="bf16", steps=2))
+    assert result.last["loss"] is not None
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+class Poisoned(NextToken):
+    """The next-id objective, not finite at some calls."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def losses(self, model, batch):
+        self.calls += 1
+        losses = super().losses(model, batch)
+        if self.calls in self.bad:
+            losses.total = losses.total * float("nan")
+        return losses
+
+
+def poisoned(recipe, folder, vocabulary, bad):
+    model = Decoder.from_config(recipe.model, seed=recipe.seed)
+    return Trainer(recipe, folder, model=model, vocabulary=vocabulary, objective=Poisoned(bad))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, vocabulary):
+    trainer = poisoned(recipe, tmp_path / "run", vocabulary, bad={2})
+    trainer.step()
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    metrics = trainer.step()
+    assert metrics["loss"] is None
+    assert metrics["bad_steps"] == 1
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    trainer.step()
+    assert not all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert trainer.counters.bad_in_a_row == 0
+
+
+def test_too_many_bad_steps_stop_the_run_in_one_line(tmp_path, another, vocabulary):
+    recipe = another(max_bad_steps=3)
+    trainer = poisoned(recipe, tmp_path / "run", vocabulary, bad={6, 7, 8})
+    with pytest.raises(UserError, match="not finite in 3 steps in a row") as error:
+        trainer.run(progress=False)
+    assert "step-00000004" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_goes_on_only_with_the_same_recipe(tmp_path, run, another, recipe):
+    run(tmp_path / "run", on_step=stop_at(2))
+    changed = another(optim=replace(recipe.optim, lr=1e-3))
+    with pytest.raises(UserError, match=r"optim\.lr = 0\.01, now it is 0\.001") as error:
+        run(tmp_path / "run", changed)
+    assert "\n" not in str(error.value)
+    assert run(tmp_path / "run", another(keep=1)).finished
+
+
+def test_a_model_of_another_vocabulary_is_refused(tmp_path, recipe, make_vocabulary):
+    with pytest.raises(UserError, match="vocabulary"):
+        train(recipe, tmp_path / "run", vocabulary=make_vocabulary("image-2"), progress=False)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path, run):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write") as error:
+        run(tmp_path / "file" / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_reads_a_recipe_with_its_vocabulary(tmp_path, recipe, vocabulary):
+    vocabulary.save(tmp_path / "vocabulary.json")
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(replace(recipe, vocabulary=str(tmp_path / "vocabulary.json"))))
+    read, _ = load_run_recipe(TrainRecipe, path)
+    assert read.model == recipe.model
+    result = train_command(path, ["steps=2"], out=tmp_path / "run")
+    assert result["finished"]
+    assert result["step"] == 2
+    json.dumps(result)
+
+
+def test_an_unknown_recipe_key_names_the_nearest(tmp_path, recipe):
+    path = tmp_path / "recipe.toml"
+    path.write_text("stepz = 3\n" + to_toml(recipe))
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        load_run_recipe(TrainRecipe, path)
+
+
+def test_a_missing_vocabulary_is_named(tmp_path, recipe):
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe))
+    with pytest.raises(UserError, match="vocabulary is missing"):
+        load_run_recipe(TrainRecipe, path)
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    with pytest.raises(UserError, match="cannot be used here") as error:
+        pick_device("nonsense")
+    assert "\n" not in str(error.value)
