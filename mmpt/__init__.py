@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmpt.parts import Audio, Image, Message, Text, Video
-    from mmpt.pipeline import Pipeline, Result
+    from mmpt.pipeline import Pipeline
+    from mmpt.results import Result
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _PUBLIC = {
     "Text": "mmpt.parts",
     "Video": "mmpt.parts",
     "Pipeline": "mmpt.pipeline",
-    "Result": "mmpt.pipeline",
+    "Result": "mmpt.results",
 }
 __all__ = ["Audio", "Image", "Message", "Pipeline", "Result", "Text", "Video", "load"]
 

@@ -88,12 +88,12 @@ VERBS = {
     ),
 }
 
-# read when torch is loaded: threads that wait do not burn a shared core, large tensors get large pages
+# read when torch is loaded: waiting threads do not burn a core, large tensors get large pages
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
+    """Run one verb; returns the exit status: 0 done, 2 a mistake of the user, 130 interrupted."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     arguments = sys.argv[1:] if arguments is None else arguments

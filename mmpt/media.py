@@ -1,11 +1,9 @@
-"""Files <-> arrays: pictures, films and sounds in whatever format people have them.
+"""Files <-> arrays: pictures and films in whatever format people have them (`sound.py`: sounds).
 
-Reading accepts palettes, alpha, 16 bits, rotation tags, many channels and any usual rate; it bounds
-what a file can make us allocate before it decodes, and turns every way that a file can be bad into
-one line (`UserError`).
+Reading accepts palettes, alpha, 16 bits and rotation tags; it bounds what a file can make us
+allocate before it decodes, and turns every way that a file can be bad into one line (`UserError`).
 
-Shapes: pixels uint8 (height, width, 3) sRGB; frames uint8 (num_frames, height, width, 3); wave
-float32 (num_samples,) mono in [-1, 1].
+Shapes: pixels uint8 (height, width, 3) sRGB; frames uint8 (num_frames, height, width, 3).
 """
 
 import io
@@ -30,11 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # of one picture: 64 megapixels
 MAX_VIDEO_BYTES = 1 << 30  # of all decoded frames
-MAX_SECONDS = 3600  # of one sound
-MAX_SAMPLES = MAX_SECONDS * 48_000
-SAMPLE_RATES = (1000, 384_000)
 MAX_FPS = 1000.0
-BLOCK = 1 << 18  # samples of each channel that are read at once
 
 # what FFmpeg may take a film for: playlists, which name other files, are not among them
 FILMS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,ivf,m4v,h264,hevc"
@@ -57,6 +51,22 @@ BROKEN = (
 Source = str | Path | bytes
 
 
+def name_of(source: Source) -> str:
+    """What to call a source in a message."""
+    return "the data" if isinstance(source, bytes) else str(source)
+
+
+def bytes_of(source: Source) -> bytes:
+    """The content of a source."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except (OSError, ValueError) as error:  # a path may not hold a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {source}: {reason}") from None
+
+
 class NoPictureError(UserError):
     """The data is no picture of any format that Pillow knows."""
 
@@ -64,9 +74,9 @@ class NoPictureError(UserError):
 def read_text(source: Source) -> str:
     """A UTF-8 text, with or without a byte order mark."""
     try:
-        return _as_file(source).read().decode("utf-8-sig")
+        return bytes_of(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{_name(source)} is not UTF-8 at byte {error.start}") from None
+        raise UserError(f"{name_of(source)} is not UTF-8 at byte {error.start}") from None
 
 
 def read_picture(source: Source) -> np.ndarray:
@@ -75,10 +85,13 @@ def read_picture(source: Source) -> np.ndarray:
         return _to_rgb(picture)
 
 
-def read_animation(source: Source, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+def read_animation(
+    source: Source, *, max_frames: int | None = None, fps: float | None = None
+) -> tuple[np.ndarray, float]:
     """Frames and fps of what Pillow reads; a still is one frame. Raises NoPictureError.
 
-    A frame that is held longer than the shortest one is repeated, so that time runs evenly.
+    A frame that is held longer than others is repeated, so that time runs evenly: at `fps` where
+    it is known, else as the shortest frame has it.
     """
     frames: list[np.ndarray] = []
     milliseconds: list[float] = []
@@ -87,67 +100,31 @@ def read_animation(source: Source, *, max_frames: int | None = None) -> tuple[np
 
         for page in PIL.ImageSequence.Iterator(picture):
             width, height = page.size
-            _check_size(width, height, _name(source))
-            _check_video_bytes(len(frames) + 1, height, width, _name(source))
+            _check_size(width, height, name_of(source))
+            _check_video_bytes(len(frames) + 1, height, width, name_of(source))
             frames.append(_to_rgb(page))
-            _check_same_size(frames, _name(source))
-            milliseconds.append(max(0.0, page.info.get("duration") or 0) or 40.0)
+            _check_same_size(frames, name_of(source))
+            unknown = 1000 / fps if fps else 40.0
+            milliseconds.append(max(0.0, page.info.get("duration") or 0) or unknown)
             if len(frames) == max_frames:
                 break
-    shortest = min(milliseconds)
-    repeats = [round(time / shortest) for time in milliseconds]
+    unit = 1000 / fps if fps else min(milliseconds)
+    repeats = [max(1, round(time / unit)) for time in milliseconds]
     if sum(repeats) * frames[0].nbytes > MAX_VIDEO_BYTES:
         repeats = [1] * len(frames)
-    fps = min(1000 * sum(repeats) / sum(milliseconds), MAX_FPS)
+    fps = fps or min(1000 * sum(repeats) / sum(milliseconds), MAX_FPS)
     return np.repeat(np.stack(frames), repeats, axis=0)[:max_frames], fps
 
 
-def read_video(source: Source, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
+def read_video(
+    source: Source, *, max_frames: int | None = None, fps: float | None = None
+) -> tuple[np.ndarray, float]:
     """Frames and fps of an animated picture, or of any film that PyAV decodes."""
     try:
-        return read_animation(source, max_frames=max_frames)
+        return read_animation(source, max_frames=max_frames, fps=fps)
     except NoPictureError:
-        return _read_film(source, max_frames)
-
-
-def read_sound(source: Source) -> tuple[np.ndarray, int]:
-    """Wave and sample rate of what libsndfile reads (WAV, FLAC, Ogg, MP3); channels averaged."""
-    import soundfile
-
-    name = _name(source)
-    try:
-        with soundfile.SoundFile(_ClampedFile(_as_file(source).getvalue())) as sound:
-            check_sample_rate(sound.samplerate, name)
-            limit = min(MAX_SECONDS * sound.samplerate, MAX_SAMPLES)
-            blocks, count = [], 0
-            # in blocks: the length in a header may be wrong, and channels may be many
-            while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block.mean(axis=1, dtype=np.float32))
-                count += len(block)
-                if count > limit:
-                    raise UserError(f"{name} is longer than {limit // sound.samplerate} s; cut it")
-            rate = sound.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        reason = getattr(error, "error_string", str(error))
-        raise UserError(f"{name} is no sound that can be read: {reason}") from None
-    if not count:
-        raise UserError(f"{name} holds no samples")
-    wave = np.concatenate(blocks)
-    check_finite(wave, name)
-    return np.clip(wave, -1.0, 1.0), rate
-
-
-def check_sample_rate(rate: float, name: str) -> None:
-    """Refuse a rate that is no sound's."""
-    low, high = SAMPLE_RATES
-    if not low <= rate <= high:
-        raise UserError(f"{name} has {rate} samples a second; needs {low:,} to {high:,}")
-
-
-def check_finite(wave: np.ndarray, name: str) -> None:
-    """Refuse NaN and infinite samples."""
-    if not np.isfinite(wave).all():
-        raise UserError(f"{name} holds NaN or infinite samples; repair the file")
+        frames, own = _read_film(source, max_frames)
+        return frames, fps or own
 
 
 def picture_bytes(pixels: np.ndarray, suffix: str = ".png") -> bytes:
@@ -167,52 +144,16 @@ def picture_bytes(pixels: np.ndarray, suffix: str = ".png") -> bytes:
 
 
 def video_bytes(frames: np.ndarray, fps: float, suffix: str = ".mp4") -> bytes:
-    """A film as MP4 (H.264), or an animated .webp (without loss) or .gif.
+    """A film as MP4 (H.264), or an animated .webp (without loss) or .gif, or pages in a .tiff.
 
-    Animations hold equal frames as one long frame; `read_animation` repeats it.
+    Animations hold equal frames as one long frame, which `read_animation` repeats; a clip without
+    any motion becomes a still. Only pages keep every frame, but they do not hold the rate.
     """
-    if suffix in ANIMATIONS:
+    if suffix == ".tiff" or suffix in ANIMATIONS:
         return _animation_bytes(frames, fps, suffix.lstrip("."))
     if suffix in ("", ".mp4"):
         return _film_bytes(frames, fps)
     raise UserError(f"cannot write a clip as {suffix}; use .mp4, .webp or .gif")
-
-
-def sound_bytes(wave: np.ndarray, sample_rate: int, suffix: str = ".wav") -> bytes:
-    """A sound file of the format that the suffix names; WAV has 16 bits."""
-    import soundfile
-
-    kind, buffer = suffix.lstrip(".") or "wav", io.BytesIO()
-    try:
-        soundfile.write(buffer, wave, sample_rate, format=kind.upper())
-    except (soundfile.LibsndfileError, ValueError, TypeError) as error:
-        reason = getattr(error, "error_string", str(error)).rstrip(".")
-        raise UserError(f"cannot write a sound as {suffix}: {reason}; use .wav or .flac") from None
-    return buffer.getvalue()
-
-
-def _name(source: Source) -> str:
-    return "the data" if isinstance(source, bytes) else str(source)
-
-
-def _as_file(source: Source) -> io.BytesIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    try:
-        return io.BytesIO(Path(source).read_bytes())
-    except (OSError, ValueError) as error:  # a path may not hold a zero byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read {source}: {reason}") from None
-
-
-class _ClampedFile(io.BytesIO):
-    """libsndfile seeks before the start of a broken file, which soundfile would print."""
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        try:
-            return super().seek(offset, whence)
-        except ValueError:
-            return super().seek(0)
 
 
 @contextmanager
@@ -220,13 +161,13 @@ def _picture(source: Source) -> "Iterator[PIL.Image.Image]":
     """Open with Pillow; what goes wrong in there or inside the `with` is the file's fault."""
     import PIL.Image
 
-    name, file = _name(source), _as_file(source)
+    name, file = name_of(source), io.BytesIO(bytes_of(source))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of bombs, which we refuse, and of strange metadata
             picture = PIL.Image.open(file)
-        _check_size(*picture.size, name)
-        yield picture
+            _check_size(*picture.size, name)
+            yield picture
     except UserError:
         raise
     except PIL.UnidentifiedImageError:
@@ -284,12 +225,14 @@ def _read_film(source: Source, max_frames: int | None) -> tuple[np.ndarray, floa
     import av
     from av.error import FFmpegError
 
-    name, frames = _name(source), []
+    name, frames = name_of(source), []
     # a limit on pixels is set before the first frame is decoded
     limits = {"max_pixels": str(MAX_PIXELS)}
     options = {"format_whitelist": FILMS, **limits}
     try:
-        with av.open(_as_file(source), options=options, metadata_errors="ignore") as container:
+        with av.open(
+            io.BytesIO(bytes_of(source)), options=options, metadata_errors="ignore"
+        ) as container:
             if not container.streams.video:
                 raise UserError(f"{name} has no video stream")
             stream = container.streams.video[0]
@@ -335,7 +278,7 @@ def _animation_bytes(frames: np.ndarray, fps: float, kind: str) -> bytes:
 
     first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
-    options = {"lossless": True} if kind == "webp" else {}
+    options = {"webp": {"lossless": True}, "tiff": {"compression": "tiff_deflate"}}.get(kind, {})
     first.save(
         buffer, kind, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,
         **options,

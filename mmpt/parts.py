@@ -1,7 +1,7 @@
 """What a person hands in and gets back: Text, Image, Video, Audio, and Message.
 
 The same types go in and come out. Loading accepts what users have and refuses the rest in one line;
-see `mmpt/media.py` for the formats.
+see `media.py` and `sound.py` for the formats.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from mmpt import media
+from mmpt import media, sound
 from mmpt.config import UserError, write_atomic
 from mmpt.media import Source
 
@@ -65,9 +65,14 @@ class Video:
             raise UserError(f"fps = {self.fps}; needs a value above 0 and at most 1000")
 
     @classmethod
-    def load(cls, source: Source, *, max_frames: int | None = None) -> Self:
-        """Read an animated WebP or GIF, or any film that PyAV decodes; a still is one frame."""
-        return cls(*media.read_video(source, max_frames=max_frames))
+    def load(
+        cls, source: Source, *, max_frames: int | None = None, fps: float | None = None
+    ) -> Self:
+        """Read an animated WebP or GIF, or any film that PyAV decodes; a still is one frame.
+
+        fps: where it is known better than the file knows it.
+        """
+        return cls(*media.read_video(source, max_frames=max_frames, fps=fps))
 
     def save(self, path: str | Path) -> None:
         """Write MP4 (H.264), or an animated .webp or .gif."""
@@ -83,8 +88,8 @@ class Audio:
 
     def __post_init__(self) -> None:
         _check_array(self.wave, "wave", np.float32, (None,))
-        media.check_finite(self.wave, "the sound")
-        media.check_sample_rate(self.sample_rate, "the sound")
+        sound.check_finite(self.wave, "the sound")
+        sound.check_sample_rate(self.sample_rate, "the sound")
 
     @property
     def seconds(self) -> float:
@@ -94,7 +99,7 @@ class Audio:
     @classmethod
     def load(cls, source: Source) -> Self:
         """Read what libsndfile reads (WAV, FLAC, Ogg, MP3); all channels are averaged."""
-        return cls(*media.read_sound(source))
+        return cls(*sound.read_sound(source))
 
     def resample(self, sample_rate: int) -> "Audio":
         """The same sound at another rate (windowed sinc)."""
@@ -114,7 +119,7 @@ class Audio:
 
     def save(self, path: str | Path) -> None:
         """Write 16-bit WAV, or the format that the suffix names."""
-        write_atomic(path, media.sound_bytes(self.wave, self.sample_rate, _suffix(path)))
+        write_atomic(path, sound.sound_bytes(self.wave, self.sample_rate, _suffix(path)))
 
 
 Part = Text | Image | Video | Audio

@@ -10,9 +10,8 @@ it again. Each sample has its own generator, so a batch gives what its singles g
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,97 +21,15 @@ from mmpt.data.layout import write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.dida import denoise_passes
 from mmpt.decode.sampling import Sampling
+from mmpt.decode.speech import speak
 from mmpt.model.transformer import Decoder
-from mmpt.parts import Audio, Image, Part, Text, Video, load_part
+from mmpt.parts import Part, Text, Video, load_part
 from mmpt.processor import Processor
+from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
-from mmpt.vocab import BEGIN, END, MEDIA, Modality, Vocabulary
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
-Medium = Literal["text", "image", "video", "speech"]
-Method = Literal["ar", "dida"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to generate. Sizes are in pixels and frames; `max_ids` bounds text and free continuation."""
-
-    decoder: Method = "ar"
-    temperature: float = 1.0
-    top_p: float = 0.95
-    guidance: float = 1.0
-    num_passes: int = 8  # of parallel decoding, per block
-    height: int = 64
-    width: int = 64
-    frames: int = 17
-    max_seconds: float = 6.0
-    max_ids: int = 96
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "num_passes", "max_ids"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}; use 1 or more")
-        if self.max_seconds <= 0:
-            raise UserError(f"max_seconds = {self.max_seconds}; use more than 0")
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """A piece of text, as it is written."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The part so far, after denoising pass `done` of `total`."""
-
-    part: Part
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class PartDone:
-    """A finished part."""
-
-    part: Part
-
-
-@dataclass(frozen=True)
-class Result:
-    """The parts of one answer in order, and what is needed to make it again."""
-
-    parts: list[Part]
-    seed: int
-    settings: Settings
-    model: str  # fingerprint
-    vocabulary: str  # fingerprint, which stands for the codecs
-    ids: np.ndarray = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[Part]:
-        return iter(self.parts)
-
-    @overload
-    def __getitem__(self, index: int) -> Part: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Part]: ...
-    def __getitem__(self, index: int | slice) -> Part | list[Part]:
-        return self.parts[index]
-
-    def provenance(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "seed": self.seed,
-            "settings": asdict(self.settings),
-            "model": self.model,
-            "vocabulary": self.vocabulary,
-        }
-
-
-Event = TextDelta | Preview | PartDone | Result
+CODES_PER_SECOND = 12.5  # of speech
 
 
 class Pipeline:
@@ -146,7 +63,7 @@ class Pipeline:
         seed: int = 0,
         **settings: Any,
     ) -> Result:
-        """Answer parts (a str is Text) with one part of medium `to`, or, without it, with what the model likes.
+        """Answer parts (a str is Text) with a part of medium `to`; without it, the model decides.
 
         begin: a clip of 1 + 4 n frames that the answer continues. settings: the fields of
         `Settings`. Raises UserError in one line for what cannot be done.
@@ -163,7 +80,7 @@ class Pipeline:
         seeds: Sequence[int],
         **settings: Any,
     ) -> list[Result]:
-        """Many answers of one medium at once; prompt i with seed i gives what a single call gives."""
+        """Many answers of one medium; prompt i with seed i gives what a single call gives."""
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         return _last(
@@ -233,7 +150,7 @@ class Pipeline:
             given = self.processor.encode_parts([begin])[0].codes
             if given.shape[1:] != shape[1:] or len(given) >= shape[0]:
                 raise UserError(
-                    f"begin has codes {given.shape}, the clip to make {shape}; give fewer frames than "
+                    f"begin has codes {given.shape}, the clip to make {shape}; give less than "
                     f"{settings.frames} of {settings.height} x {settings.width} pixels"
                 )
         for builder in [*builders, *(free or [])]:
@@ -360,10 +277,16 @@ class Pipeline:
         for row, (builder, seed, generator) in enumerate(
             zip(builders, seeds, generators, strict=True)
         ):
-            branch = (
-                None if free is None else [free[row].structure(BEGIN[Modality.SPEECH]).build().ids]
+            ids = speak(
+                self.model,
+                self.processor.vocabulary,
+                builder.build().ids,
+                max_codes=max(1, round(settings.max_seconds * CODES_PER_SECOND)),
+                num_passes=settings.num_passes if settings.decoder == "dida" else None,
+                sampling=_sampling(settings),
+                generator=generator,
+                unconditional=None if free is None else free[row].build().ids,
             )
-            ids = self._speak_one(builder, branch, generator, settings)
             start = len(builder.build())
             segments = [
                 s for s in parse(ids[start:], self.processor.vocabulary) if s.modality in MEDIA
@@ -372,61 +295,6 @@ class Pipeline:
             results.append(self._result(parts, seed, settings, ids))
         yield [PartDone(result.parts[0]) for result in results]
         yield list(results)
-
-    def _speak_one(
-        self,
-        builder: StreamBuilder,
-        free: list[np.ndarray] | None,
-        generator: torch.Generator,
-        settings: Settings,
-    ) -> np.ndarray:
-        vocabulary = self.processor.vocabulary
-        begin, end = (vocabulary.structure_id(t[Modality.SPEECH]) for t in (BEGIN, END))
-        prompt = builder.build().ids
-        ids = np.append(prompt, begin)
-        most = max(1, round(settings.max_seconds * 12.5))
-        while True:
-            room = most - _num_codes(ids[len(prompt) :], vocabulary)
-            shapes = {Modality.SPEECH: [(n,) for n in range(1, min(26, room) + 1)]}
-            header = _collect(
-                generate_steps(
-                    self.model,
-                    vocabulary,
-                    [ids],
-                    max_ids=64,
-                    sampling=_sampling(settings),
-                    generators=[generator],
-                    allow=(Modality.SPEECH,),
-                    shapes=shapes,
-                    stop="header",
-                    unconditional=free,
-                )
-            )
-            ids = np.concatenate([ids, header])
-            size = vocabulary.size_of(int(ids[-1]))
-            if size is None:  # <eod>: nothing more to say
-                return ids
-            if free is not None:
-                free = [np.concatenate([free[0], header])]
-            options = {
-                "modality": Modality.SPEECH,
-                "length": size,
-                "sampling": _sampling(settings),
-                "generators": [generator],
-                "unconditional": free,
-            }
-            if settings.decoder == "ar":
-                codes = generate_block(self.model, vocabulary, [ids], **options)[0]
-            else:
-                *_, preview = denoise_passes(
-                    self.model, vocabulary, [ids], num_passes=settings.num_passes, **options
-                )
-                codes = preview.codes[0]
-            ids = np.concatenate([ids, codes, [end]])
-            if free is not None:
-                free = [np.concatenate([free[0], codes, [end]])]
-            if _num_codes(ids[len(prompt) :], vocabulary) >= most:
-                return ids
 
     @torch.inference_mode()
     def _continue(self, segments: list[Segment], seed: int, settings: Settings) -> Iterator[Event]:
@@ -525,14 +393,6 @@ def _collect(steps: Iterator) -> np.ndarray:
     return np.array([step.ids[0] for step in steps if step.ids[0] is not None], dtype=np.int64)
 
 
-def _num_codes(ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    codes = vocabulary.range_of(Modality.SPEECH)
-    return int(((ids >= codes.start) & (ids < codes.stop)).sum())
-
-
 def _last(events: Iterator[list[Event]]) -> list[Result]:
     *_, results = events
     return [result for result in results if isinstance(result, Result)]
-
-
-__all__ = ["Audio", "Image", "Pipeline", "Result", "Settings", "Text", "Video"]

@@ -18,16 +18,16 @@ from mmpt.parts import Audio, Image, Part, Text, Video
 from mmpt.stream import Segment
 from mmpt.tokenizers import load as load_codec
 from mmpt.tokenizers.base import Codec
-from mmpt.tokenizers.image import FACTOR, ImageCodec
+from mmpt.tokenizers.image import FACTOR, ImageCodec, from_pixels, to_pixels
 from mmpt.tokenizers.speech import SpeechCodec
 from mmpt.tokenizers.text import TextCodec, text_ids
-from mmpt.tokenizers.train import from_pixels, to_pixels
 from mmpt.tokenizers.video import VideoCodec
 from mmpt.vocab import Modality, Vocabulary
 
 # the codecs that a newcomer starts with
 DEFAULT_TOKENIZERS = ("text-2k", "image-f8", "video-f8t4", "speech-12hz")
 FPS = 12.0  # of generated clips; codes do not carry time
+CHUNK = 16  # frames that are shrunk at once: whole clips as floats would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Processor:
     text: TextCodec
     media: Mapping[Modality, Codec]
     max_side: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_side < FACTOR:
+            raise UserError(f"max_side = {self.max_side} pixels; use {FACTOR} or more")
 
     @classmethod
     def load(
@@ -91,7 +95,8 @@ class Processor:
             codes = self._codec(Modality.IMAGE).encode(pixels)
             return Segment(Modality.IMAGE, codes[0, :, :, 0].cpu().numpy())
         if isinstance(part, Video):
-            pixels = fit_pixels(to_pixels(part.frames), self.max_side)
+            chunks = np.split(part.frames, range(CHUNK, len(part.frames), CHUNK))
+            pixels = torch.cat([fit_pixels(to_pixels(c), self.max_side) for c in chunks])
             codes = self._codec(Modality.VIDEO).encode(pixels[None])
             return Segment(Modality.VIDEO, codes[0, ..., 0].cpu().numpy())
         if isinstance(part, Audio):
@@ -128,7 +133,7 @@ def merge_speech(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def fit_pixels(pixels: torch.Tensor, max_side: int) -> torch.Tensor:
-    """Shrink (n, 3, H, W) so that the longer side is at most `max_side`; sides become multiples of 8."""
+    """Shrink (n, 3, H, W) to a longer side of at most `max_side`; sides become multiples of 8."""
     height, width = pixels.shape[-2:]
     scale = min(1.0, max_side / max(height, width))
     size = [max(FACTOR, round(side * scale / FACTOR) * FACTOR) for side in (height, width)]

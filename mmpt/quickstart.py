@@ -9,35 +9,36 @@ import json
 import logging
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, TypeVar
 
 import mmpt
 from mmpt import hub
 from mmpt.config import UserError, load_recipe, write_atomic
 from mmpt.data.encode import encode
 from mmpt.data.shards import Document, Quarantine, read_documents
+from mmpt.data.sources import sampler_shards
 from mmpt.doctor import doctor, has_fast_bf16
 from mmpt.eval.heldout import evaluate_model
 from mmpt.eval.report import Gallery, Report, Stage, write_report
 from mmpt.model.transformer import Decoder
-from mmpt.parts import Audio, Image, Part, Text, Video
-from mmpt.pipeline import Pipeline, save_model
+from mmpt.pipeline import save_model
 from mmpt.processor import DEFAULT_TOKENIZERS, Processor
+from mmpt.showcase import Showcase
 from mmpt.tokenizers.evaluate import list_tokenizers
-from mmpt.train.adapt import adapt
-from mmpt.train.loop import Trainer, train
-from mmpt.train.loss import NextToken
+from mmpt.train.adapt import adapt, adapter
+from mmpt.train.loop import Trainer, TrainResult, pretrainer, train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe, TrainRecipe, fit_model
 from mmpt.vocab import Vocabulary
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=RunRecipe)
 
 SHARES = {"pretrain": 0.78, "adapt": 0.22}  # of `minutes`
 
@@ -47,7 +48,7 @@ class Stopped(Exception):
 
 
 def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 5.0, seed: int = 0) -> dict:
-    """Run the main job on the embedded sampler: encode, pretrain, adapt, evaluate, generate, report.
+    """Run the main job on the sampler: encode, pretrain, adapt, evaluate, generate, report.
 
     Ctrl-C stops cleanly; the same command goes on. `minutes` is the time to train for, from which
     the number of steps is measured. Look at OUT/report.html afterwards.
@@ -82,7 +83,7 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """All stages that are not done yet; returns what `--json` prints."""
-        train_shards, heldout_shards = _raw("train"), _raw("heldout")
+        train_shards, heldout_shards = sampler_shards("train"), sampler_shards("heldout")
         with self.stage("encode"):
             self.encode([*train_shards, *heldout_shards])
         self.vocabulary = Vocabulary.load(self.tokens / "vocabulary.json")
@@ -90,11 +91,11 @@ class Job:
             self.pretrain()
         with self.stage("adapt"):
             self.adapt()
-        with self.stage("evaluate"):
+        with self.stage("evaluate", repeats=True):
             self.evaluate()
-        with self.stage("generate"):
+        with self.stage("generate", repeats=True):
             galleries = self.generate(heldout_shards)
-        with self.stage("report"):
+        with self.stage("report", repeats=True):
             report = self.report(galleries)
         stages = self.state["stages"]
         return {
@@ -108,9 +109,10 @@ class Job:
         }
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, over all the runs that it took."""
+    def stage(self, name: str, *, repeats: bool = False) -> Iterator[None]:
+        """Time a stage over all the runs it took; one that `repeats` begins anew each time."""
         entry = self.state["stages"].setdefault(name, {"seconds": 0.0, "detail": ""})
+        entry["seconds"] = 0.0 if repeats else entry["seconds"]
         self.current, began = entry, time.monotonic()
         log.info("%s ...", name)
         try:
@@ -142,36 +144,32 @@ class Job:
         recipe = replace(recipe, model=fit_model(recipe.model, self.vocabulary))
 
         def trial(folder: Path) -> Trainer:
-            model = Decoder.from_config(recipe.model, seed=self.seed)
-            objective = NextToken(recipe.loss_weights, z_loss=recipe.z_loss)
-            return Trainer(
-                recipe, folder, model=model, vocabulary=self.vocabulary, objective=objective
-            )
+            return pretrainer(recipe, folder, vocabulary=self.vocabulary)
 
-        steps = self._steps("pretrain", trial)
-        done = train(
-            replace(recipe, steps=steps), self.out / "pretrain", vocabulary=self.vocabulary
-        )
-        if not done.finished:
-            raise Stopped
-        self.current["detail"] = f"{steps} steps, {done.counters.tokens:,} ids"
+        recipe = self._with_steps("pretrain", recipe, trial)
+        done = train(recipe, self.out / "pretrain", vocabulary=self.vocabulary)
+        self._finish(done, "ids")
 
     def adapt(self) -> None:
         """Teach the pretrained model to denoise blocks, then write the model folder."""
-        recipe = self._recipe(AdaptRecipe, "tiny-adapt.toml")
-        recipe = replace(recipe, start=str(self.out / "pretrain"))
-        pretraining = self.state["stages"]["pretrain"]
-        # a joint step costs about what a plain one does: frozen clean ids need no gradients
-        per_step = pretraining["seconds"] / max(1, self.state["steps"]["pretrain"])
-        seconds = self.state["begun"]["minutes"] * 60 * SHARES["adapt"]
-        steps = self.state["steps"].setdefault("adapt", max(4, round(seconds / per_step / 1.2)))
-        done = adapt(replace(recipe, steps=steps), self.out / "adapt", vocabulary=self.vocabulary)
-        if not done.finished:
-            raise Stopped
+        recipe = replace(
+            self._recipe(AdaptRecipe, "tiny-adapt.toml"), start=str(self.out / "pretrain")
+        )
+
+        def trial(folder: Path) -> Trainer:
+            return adapter(recipe, folder, vocabulary=self.vocabulary)
+
+        recipe = self._with_steps("adapt", recipe, trial)
+        done = adapt(recipe, self.out / "adapt", vocabulary=self.vocabulary)
+        self._finish(done, "clean ids")
         model = Decoder.load(done.checkpoint, vocabulary=self.vocabulary)
         processor = Processor.load(vocabulary=self.vocabulary)
         save_model(model, processor, self.model, DEFAULT_TOKENIZERS)
-        self.current["detail"] = f"{steps} steps, {done.counters.tokens:,} clean ids"
+
+    def _finish(self, done: TrainResult, unit: str) -> None:
+        if not done.finished:
+            raise Stopped
+        self.current["detail"] = f"{done.counters.step} steps, {done.counters.tokens:,} {unit}"
 
     def evaluate(self) -> None:
         """Held-out likelihoods beside their baselines."""
@@ -204,7 +202,9 @@ class Job:
             self.out / "report.html",
             Report(
                 title="mmpt quickstart",
-                command=f"mmpt quickstart --minutes {self.state['begun']['minutes']:g} --seed {self.seed}",
+                command="mmpt quickstart --minutes {minutes:g} --seed {seed}".format(
+                    **self.state["begun"]
+                ),
                 stages=stages,
                 peak_gib=self.state["peak_gib"],
                 heldout=self.heldout,
@@ -234,191 +234,21 @@ class Job:
         }
         return replace(recipe, data=replace(recipe.data, sources=sources))
 
-    def _steps(self, name: str, trial: Callable[[Path], Trainer]) -> int:
+    def _with_steps(self, name: str, recipe: R, trial: Callable[[Path], Trainer]) -> R:
+        """As many steps as fit the stage's share of the minutes; measured once, then kept."""
         steps = self.state.setdefault("steps", {})
         if name not in steps:
-            trainer = trial(self.out / "trial")
-            seconds = []
-            for _ in range(4):  # the first step is slower than the rest
-                began = time.monotonic()
-                trainer.step()
-                seconds.append(time.monotonic() - began)
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = trial(Path(folder)).time_step()
             wanted = self.state["begun"]["minutes"] * 60 * SHARES[name]
-            steps[name] = max(4, round(wanted / min(seconds[1:])))
+            steps[name] = max(4, round(wanted / seconds))
             self.save()
-        return steps[name]
-
-
-class Showcase:
-    """What the report shows: each direction on held-out documents, autoregressive and in parallel."""
-
-    def __init__(self, pipeline: Pipeline, documents: list[Document], *, seed: int) -> None:
-        self.pipeline, self.documents, self.seed = pipeline, documents, seed
-        self.count = 0
-        self.seconds_of = {"ar": 0.0, "dida": 0.0}
-
-    def galleries(self) -> list[Gallery]:
-        """All galleries, with a progress bar."""
-        makers = [
-            self.text_to_image,
-            self.image_to_text,
-            self.text_to_speech,
-            self.speech_to_text,
-            self.next_frames,
-            self.page_continued,
-        ]
-        return [maker() for maker in tqdm(makers, desc="generate", unit="gallery")]
-
-    def text_to_image(self) -> Gallery:
-        """Labels of held-out emoji as pictures, both decoders."""
-        chosen = self._with(Image, 8)
-        labels = [_first(d, Text).text for d in chosen]
-        made = {
-            decoder: self._batch(labels, "image", decoder=decoder, guidance=2.0)
-            for decoder in ("ar", "dida")
-        }
-        rows: list[list[Any]] = [
-            [label, ar, dida, self._codes(_first(d, Image)), _first(d, Image)]
-            for d, label, ar, dida in zip(chosen, labels, made["ar"], made["dida"], strict=True)
-        ]
-        return Gallery(
-            title="Text to image",
-            text="Labels that the model never saw with a picture. One id at a time (64 passes), and all "
-            "64 codes in parallel (8 passes); then the original through the codec, and the original.",
-            columns=("label", "one id at a time", "in parallel", "codec", "original"),
-            rows=rows,
-        )
-
-    def image_to_text(self) -> Gallery:
-        """Held-out pictures named."""
-        chosen = self._with(Image, 6)
-        pictures = [_first(d, Image) for d in chosen]
-        written = self._batch(pictures, "text", max_ids=24, temperature=0.7)
-        rows: list[list[Any]] = [
-            [picture, text, _first(d, Text)]
-            for d, picture, text in zip(chosen, pictures, written, strict=True)
-        ]
-        return Gallery(
-            title="Image to text",
-            text="Held-out pictures, what the model writes, and what people call them.",
-            columns=("picture", "model", "label"),
-            rows=rows,
-        )
-
-    def text_to_speech(self) -> Gallery:
-        """Held-out texts spoken."""
-        chosen = self._with(Audio, 4)
-        texts = [_first(d, Text).text for d in chosen]
-        made = {d: self._batch(texts, "speech", decoder=d) for d in ("ar", "dida")}
-        rows: list[list[Any]] = [
-            [text, ar, dida, self._codes(_first(d, Audio)), _first(d, Audio)]
-            for d, text, ar, dida in zip(chosen, texts, made["ar"], made["dida"], strict=True)
-        ]
-        return Gallery(
-            title="Text to speech",
-            text="Held-out texts. 12.5 codes a second; spans of at most 26 codes are denoised in parallel.",
-            columns=("text", "one id at a time", "in parallel", "codec", "original"),
-            rows=rows,
-        )
-
-    def speech_to_text(self) -> Gallery:
-        """Held-out speech transcribed."""
-        chosen = self._with(Audio, 4)
-        sounds = [_first(d, Audio) for d in chosen]
-        written = self._batch(sounds, "text", max_ids=24, temperature=0.7)
-        rows: list[list[Any]] = [
-            [sound, text, _first(d, Text)]
-            for d, sound, text in zip(chosen, sounds, written, strict=True)
-        ]
-        return Gallery(
-            title="Speech to text",
-            text="Held-out recordings, what the model writes, and what was said.",
-            columns=("speech", "model", "transcript"),
-            rows=rows,
-        )
-
-    def next_frames(self) -> Gallery:
-        """Held-out clips continued from their first nine frames."""
-        rows: list[list[Any]] = []
-        for number, document in enumerate(self._with(Video, 4)):
-            clip, label = _first(document, Video), _first(document, Text)
-            begin = Video(clip.frames[:9], clip.fps)
-            made = [
-                Video(self._one(label, "video", number, begin=begin, decoder=d).frames, clip.fps)  # type: ignore[union-attr] # a video was asked for
-                for d in ("ar", "dida")
-            ]
-            rows.append([label, begin, *made, clip])
-        return Gallery(
-            title="The next frames of a video",
-            text="The first nine frames of held-out clips are given; the model makes the next eight.",
-            columns=("label", "given", "one id at a time", "in parallel", "original"),
-            rows=rows,
-        )
-
-    def page_continued(self) -> Gallery:
-        """A held-out page continued with text and pictures."""
-        pages = [d for d in self.documents if d.order == "fixed"][:2]
-        rows: list[list[Any]] = []
-        for number, page in enumerate(pages):
-            given = page.parts[:1]
-            if isinstance(given[0], Text):
-                given = [Text(given[0].text[:400])]
-            done = self.pipeline(*given, seed=self.seed + number, max_ids=240, temperature=0.8)
-            self.count += len(done)
-            rows.append([given, done.parts])
-        return Gallery(
-            title="A page continued",
-            text="The beginning of a held-out page of a handbook, and what the model goes on with.",
-            columns=("given", "continued"),
-            rows=rows,
-        )
-
-    def _with(self, kind: type, count: int) -> list[Document]:
-        """The first documents in any order that hold a part of this kind and a text."""
-        found = [
-            d
-            for d in self.documents
-            if d.order == "any" and any(isinstance(p, kind) for p in d.parts)
-        ]
-        step = max(1, len(found) // count)  # spread over the set
-        return found[::step][:count]
-
-    def _codes(self, part: Part) -> Part:
-        processor = self.pipeline.processor
-        return processor.decode_segments(processor.encode_parts([part]))[0]
-
-    def _batch(self, prompts: list[Any], to: Any, **settings: Any) -> list[Part]:
-        began = time.monotonic()
-        seeds = [self.seed + i for i in range(len(prompts))]
-        done = self.pipeline.batch([[p] for p in prompts], to=to, seeds=seeds, **settings)
-        self._count(len(done), to, settings, began)
-        return [result[0] for result in done]
-
-    def _one(self, prompt: Part, to: Any, number: int, **settings: Any) -> Part:
-        began = time.monotonic()
-        [part] = self.pipeline(prompt, to=to, seed=self.seed + number, **settings)
-        self._count(1, to, settings, began)
-        return part
-
-    def _count(self, count: int, to: str, settings: dict[str, Any], began: float) -> None:
-        self.count += count
-        if to != "text":
-            self.seconds_of[settings["decoder"]] += time.monotonic() - began
-
-
-def _raw(split: str) -> list[Path]:
-    shards = sorted(hub.shipped("data/sampler").glob(f"*-{split}-*.tar"))
-    if not shards:
-        raise UserError(f"this installation holds no {split} shards; reinstall mmpt")
-    return shards
+        warmup = min(recipe.optim.warmup, steps[name] // 5)
+        return replace(recipe, steps=steps[name], optim=replace(recipe.optim, warmup=warmup))
 
 
 def _documents(shards: list[Path]) -> list[Document]:
     return list(read_documents(shards, Quarantine(None)))
-
-
-def _first(document: Document, kind: type) -> Any:
-    return next(part for part in document.parts if isinstance(part, kind))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -133,6 +133,7 @@ def parse(ids: np.ndarray | Sequence[int], vocabulary: Vocabulary) -> Iterator[S
     ids = np.asarray(ids, dtype=np.int64)
     begins = {vocabulary.structure_id(BEGIN[m]): m for m in BEGIN}
     ends = {m: vocabulary.structure_id(END[m]) for m in END}
+    outside = set(ends.values())
     position, text = 0, []
     while position < len(ids):
         token = int(ids[position])
@@ -146,7 +147,7 @@ def parse(ids: np.ndarray | Sequence[int], vocabulary: Vocabulary) -> Iterator[S
             continue
         if 0 <= token < vocabulary.num_text:
             text.append(token)
-        elif token < 0 or token >= vocabulary.num_text + len(vocabulary.structure):
+        elif token in outside or not 0 <= token < vocabulary.num_text + len(vocabulary.structure):
             raise UserError(f"id {token} at position {position} stands outside a media span")
         position += 1
     if text:

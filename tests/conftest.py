@@ -1,14 +1,24 @@
-"""Fixtures that several parts use: a small vocabulary, documents of every medium as codes."""
+"""Fixtures that several parts use: a small vocabulary, documents as codes, small random codecs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
+import torch
 
 from mmpt.data.tokens import EncodedDocument, ShardWriter
+from mmpt.processor import Processor
 from mmpt.stream import Segment
+from mmpt.tokenizers.base import Codec, load_codec
+from mmpt.tokenizers.image import ImageCodec, ImageCodecConfig
+from mmpt.tokenizers.speech import SpeechCodec, SpeechCodecConfig
+from mmpt.tokenizers.text import TextCodec
+from mmpt.tokenizers.video import VideoCodec, VideoCodecConfig
 from mmpt.vocab import Modality, Vocabulary
 
+T = TypeVar("T", bound=Codec)
 NEWLINE = np.array([10])
 
 
@@ -76,3 +86,78 @@ def write_shard(vocabulary) -> Callable:
         return path
 
     return write
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny tensors slow where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# the contract of a codec holds for any weights, so the codecs of tests are random
+
+
+def _randomise(module: torch.nn.Module) -> None:
+    # zero-initialised branches would hide what depends on what
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four saved codecs: text, image, video, speech."""
+    folder = tmp_path_factory.mktemp("zoo")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        image = ImageCodec(ImageCodecConfig(encoder_width=16, decoder_width=16, decoder_blocks=1))
+        speech = SpeechCodec(
+            SpeechCodecConfig(codebook_size=64, width=32, num_layers=1, num_heads=2)
+        )
+        _randomise(image)
+        _randomise(speech)
+        speech.quantizer.initialise(torch.randn(500, 16), torch.Generator().manual_seed(0))
+        image.save(folder / "image")
+        speech.save(folder / "speech")
+        video = VideoCodec(VideoCodecConfig(width=16, num_blocks=1), image)
+        _randomise(video.temporal)
+        video.save(folder / "video")
+    text = TextCodec.train_on(["a red apple on a red table"] * 20, num_text=280)
+    text.save(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_codec(zoo: Path) -> ImageCodec:
+    return _load(zoo / "image", ImageCodec)
+
+
+@pytest.fixture(scope="session")
+def video_codec(zoo: Path) -> VideoCodec:
+    return _load(zoo / "video", VideoCodec)
+
+
+@pytest.fixture(scope="session")
+def speech_codec(zoo: Path) -> SpeechCodec:
+    return _load(zoo / "speech", SpeechCodec)
+
+
+@pytest.fixture(scope="session")
+def text_codec(zoo: Path) -> TextCodec:
+    return _load(zoo / "text", TextCodec)
+
+
+@pytest.fixture(scope="session")
+def processor(zoo: Path) -> Processor:
+    """All four random codecs and their vocabulary."""
+    return Processor.load([str(zoo / name) for name in ("text", "image", "video", "speech")])
+
+
+def _load(folder: Path, kind: type[T]) -> T:
+    codec = load_codec(folder)
+    assert isinstance(codec, kind)
+    return codec

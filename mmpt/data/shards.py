@@ -7,7 +7,6 @@ samples (`KEY.png` beside `KEY.txt`) are documents too. Everything that cannot b
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -18,7 +17,9 @@ from typing import Any, Literal, cast
 
 from mmpt.config import UserError
 from mmpt.data.tars import Damage, Sample, read_samples
+from mmpt.media import MAX_FPS, video_bytes
 from mmpt.parts import Audio, Image, Part, Text, Video
+from mmpt.sound import sound_bytes
 
 __all__ = [
     "Damage",
@@ -207,13 +208,12 @@ def _load_part(sample: Sample, entry: Any) -> Part:
     ref = entry.get("ref")
     if not isinstance(ref, str) or ref not in sample.members:
         raise UserError(f"missing part: the sample has no member {ref!r}")
-    part = _load_media(kind, ref, sample.members[ref])
     fps = entry.get("fps")
-    if isinstance(part, Video) and fps is not None:
-        if not isinstance(fps, int | float):
-            raise UserError(f"bad json: fps must be a number, not {fps!r}")
-        return Video(part.frames, float(fps))
-    return part
+    if kind != "video" or fps is None:
+        return _load_media(kind, ref, sample.members[ref])
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
+        raise UserError(f"bad json: fps must be a number above 0, not {fps!r}")
+    return _load_media(kind, ref, sample.members[ref], fps=float(fps))
 
 
 def _load_paired(sample: Sample) -> Document:
@@ -255,9 +255,9 @@ def _load_text(text: Any) -> Text:
     return Text(text)
 
 
-def _load_media(kind: str, name: str, data: bytes) -> Part:
+def _load_media(kind: str, name: str, data: bytes, **options: float) -> Part:
     try:
-        return MEDIA_TYPES[kind].load(data)
+        return MEDIA_TYPES[kind].load(data, **options)
     except UserError as error:
         raise UserError(f"bad {kind}: {name}: {error}") from None
 
@@ -266,24 +266,15 @@ def _encode_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
     if isinstance(part, Audio):
-        import soundfile
-
-        buffer = io.BytesIO()
-        soundfile.write(buffer, part.wave, part.sample_rate, format="FLAC", subtype="PCM_16")
-        return {"type": "audio", "suffix": "flac", "data": buffer.getvalue()}
-    import PIL.Image
-
-    frames = part.frames if isinstance(part, Video) else part.pixels[None]
-    first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
+        data = sound_bytes(part.wave, part.sample_rate, ".flac")
+        return {"type": "audio", "suffix": "flac", "data": data}
     if isinstance(part, Image):
-        first.save(buffer, "webp", lossless=True)
-        return {"type": "image", "suffix": "webp", "data": buffer.getvalue()}
-    first.save(
-        buffer, "webp", lossless=True, save_all=True, append_images=rest,
-        duration=round(1000 / part.fps), loop=0,
-    )  # fmt: skip
-    return {"type": "video", "suffix": "webp", "fps": part.fps, "data": buffer.getvalue()}
+        data = video_bytes(part.pixels[None], 1.0, ".webp")
+        return {"type": "image", "suffix": "webp", "data": data}
+    # an animation of equal frames would be one frame
+    suffix = "webp" if (part.frames[1:] != part.frames[0]).any() else "tiff"
+    data = video_bytes(part.frames, part.fps, f".{suffix}")
+    return {"type": "video", "suffix": suffix, "fps": part.fps, "data": data}
 
 
 def _to_sample(record: Record) -> dict[str, Any]:

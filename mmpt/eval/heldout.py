@@ -120,7 +120,7 @@ def content_streams(
 
 
 class Scored(Stream):
-    """A stream whose `modality` marks what is counted; `real_modality` is what the model is told."""
+    """A stream whose `modality` marks what counts; `real_modality` is what the model is told."""
 
     def __init__(self, stream: Stream, counted: np.ndarray, scored: np.ndarray) -> None:
         super().__init__(stream.ids, counted, scored.astype(np.float32), stream.spans)
@@ -158,7 +158,7 @@ def _shuffled(
 def _pairs(
     documents: Sequence[EncodedDocument], target: Modality
 ) -> Iterator[tuple[EncodedDocument, EncodedDocument]]:
-    """Each document that has a condition, with another whose condition has parts of the same kinds."""
+    """Each document that has a condition, with another that has parts of the same kinds."""
     alike: dict[tuple[Modality, ...], list[EncodedDocument]] = defaultdict(list)
     for document in documents:
         kinds = tuple(s.modality for s in document.segments if s.modality != target)

@@ -54,6 +54,18 @@ class Codec(nn.Module, abc.ABC):
     def defining_tensors(self) -> dict[str, Tensor]:
         """The tensors that define the codes (encoder and quantiser), for the fingerprint."""
 
+    @abc.abstractmethod
+    def encode(self, media: Any, /) -> Tensor:
+        """Codes of a batch of media; the text codec takes one text."""
+
+    @abc.abstractmethod
+    def decode(self, codes: Tensor, /) -> Any:
+        """The media of codes; accepts every legal code."""
+
+    @abc.abstractmethod
+    def stream(self) -> Any:
+        """An object with `push(any size) -> codes` and `flush() -> codes`."""
+
     @property
     def fingerprint(self) -> str:
         """sha256 over the config and the tensors that define the codes, 16 hex digits."""
@@ -102,7 +114,7 @@ class Codec(nn.Module, abc.ABC):
                 tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
             self.load_state_dict(tensors, strict=True)
         except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{folder}/model.safetensors does not fit its config: {reason}"
             ) from None
@@ -136,8 +148,8 @@ def load_codec(name_or_path: str | Path) -> Codec:
     folder = codec_folder(name_or_path)
     try:
         config = json.loads((folder / "config.json").read_text())
-        version, kind = config.pop("format_version"), config.pop("kind")
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        version, kind = int(config.pop("format_version")), str(config.pop("kind"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/config.json is no codec config: {error!r}") from None
     if version > FORMAT_VERSION:
         raise UserError(

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +19,25 @@ from torch.nn import functional as F
 from mmpt.config import UserError, load_recipe, write_atomic
 from mmpt.parts import Audio, Image, Part, Text, Video, load_part
 from mmpt.tokenizers.base import Codec, codec_folder, codec_names, load_codec
-from mmpt.tokenizers.image import FACTOR, ImageCodec
+from mmpt.tokenizers.image import FACTOR, ImageCodec, from_pixels, to_pixels
 from mmpt.tokenizers.losses import psnr
 from mmpt.tokenizers.quantize import kmeans, nearest_centre
-from mmpt.tokenizers.speech import FRAMES_PER_CODE, HOP, SpeechCodec, log_mel
+from mmpt.tokenizers.recipe import CodecRecipe, read_parts
+from mmpt.tokenizers.speech import FRAMES_PER_CODE, SpeechCodec
 from mmpt.tokenizers.text import TextCodec
-from mmpt.tokenizers.train import CodecRecipe, from_pixels, read_parts, to_pixels
 from mmpt.tokenizers.video import GROUP, VideoCodec, pad_to_factor
+from mmpt.tokenizers.vocoder import HOP, log_mel
 
 MAX_POINTS = 100_000  # vectors that a baseline is fitted on
+PICTURE = (64, 64, 3)  # what pictures and frames are measured on
 
 
 def list_tokenizers() -> dict:
     """The shipped codecs with their recorded report cards."""
     rows = []
     for name in codec_names():
-        codec, folder = load_codec(name), codec_folder(name)
-        metrics_file = folder / "metrics.json"
-        metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
+        codec = load_codec(name)
+        metrics = read_card(codec_folder(name), codec.fingerprint)
         rows.append(
             {
                 "name": name,
@@ -51,14 +53,19 @@ def list_tokenizers() -> dict:
 
 
 def evaluate(name: str, shards: Sequence[str] = (), *, save: bool = False) -> dict:
-    """Measure codec NAME on held-out SHARDS (the sampler's by default), beside its baseline.
+    """Measure codec NAME on held-out media beside its baseline, which is fitted on its recipe's.
 
+    SHARDS are measured whole; without them, the held-out documents that belong to the recipe are.
     save: also write metrics.json into the codec's folder.
     """
     codec, folder = load_codec(name), codec_folder(name)
     recipe = load_recipe(CodecRecipe, folder / "recipe.toml")
-    heldout = read_parts(shards or [p.replace("-train-", "-heldout-") for p in recipe.shards])
-    train = read_parts(recipe.shards)
+    if shards:
+        heldout = read_parts(shards)
+    else:
+        beside = [pattern.replace("-train-", "-heldout-") for pattern in recipe.shards]
+        heldout = read_parts(beside, heldout=True)
+    train = read_parts(recipe.shards, heldout=False)
     measure = {
         TextCodec: _text,
         ImageCodec: _image,
@@ -96,7 +103,9 @@ def roundtrip(name: str, file: Path, *, out: Path) -> dict:
 
 def _roundtrip_part(codec: Codec, part: Part) -> tuple[Tensor, Part]:
     if isinstance(codec, VideoCodec) and isinstance(part, Image):
-        part = Video(part.pixels[None], 1.0)
+        codes, made = _roundtrip_part(codec, Video(part.pixels[None], 1.0))
+        assert isinstance(made, Video)
+        return codes, Image(made.frames[0])
     if isinstance(codec, TextCodec) and isinstance(part, Text):
         codes = codec.encode(part.text)
         return codes[None], Text(codec.decode(codes))
@@ -124,6 +133,19 @@ def _roundtrip_part(codec: Codec, part: Part) -> tuple[Tensor, Part]:
     )
 
 
+def read_card(folder: Path, fingerprint: str) -> dict:
+    """What `evaluate` saved; nothing when it measured another codec than the one that is there."""
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    return metrics if metrics.get("fingerprint") == fingerprint else {}
+
+
+def _some(media: list[Any], kind: str) -> list[Any]:
+    if not media:
+        raise UserError(f"the shards hold no {kind} to measure; name others")
+    return media
+
+
 def _usage(codes: Tensor, size: int) -> dict[str, float]:
     share = torch.bincount(codes.flatten(), minlength=size).double()
     share = share / share.sum()
@@ -139,6 +161,7 @@ def _text(
     codec: TextCodec, heldout: list[list[Part]], train: list[list[Part]]
 ) -> tuple[dict[str, float], dict[str, float]]:
     texts = [part.text for parts in heldout for part in parts if isinstance(part, Text)]
+    texts = _some([text for text in texts if text], "text")
     num_bytes = sum(len(text.encode()) for text in texts)
     num_ids = sum(len(codec.encode(text)) for text in texts)
     exact = np.mean([codec.decode(codec.encode(text)) == text for text in texts])
@@ -148,7 +171,8 @@ def _text(
 
 def _pictures(documents: list[list[Part]]) -> Tensor:
     pictures = [part.pixels for parts in documents for part in parts if isinstance(part, Image)]
-    return to_pixels(np.stack([p for p in pictures if p.shape == (64, 64, 3)]))
+    pictures = [picture for picture in pictures if picture.shape == PICTURE]
+    return to_pixels(np.stack(_some(pictures, "pictures of 64 x 64 pixels")))
 
 
 def _fit(points: Tensor, num_centres: int) -> Tensor:
@@ -180,6 +204,7 @@ def _image(
 
 def _clips(documents: list[list[Part]]) -> list[Tensor]:
     clips = [part.frames for parts in documents for part in parts if isinstance(part, Video)]
+    clips = _some([c for c in clips if c.shape[1:] == PICTURE], "clips of 64 x 64 pixels")
     return [to_pixels(clip[: 1 + (len(clip) - 1) // GROUP * GROUP]) for clip in clips]
 
 
@@ -225,7 +250,7 @@ def _mels(documents: list[list[Part]]) -> list[tuple[Tensor, Tensor]]:
                 wave = torch.from_numpy(part.resample(SpeechCodec.sample_rate).wave)
                 padded = F.pad(wave, (0, -len(wave) % (HOP * FRAMES_PER_CODE)))
                 out.append((wave, log_mel(padded[None])[0]))
-    return out
+    return _some(out, "sound")
 
 
 @torch.inference_mode()

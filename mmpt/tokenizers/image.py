@@ -1,8 +1,8 @@
-"""Image codec: a light encoder, finite scalar quantisation at an eighth of each side, a wider decoder.
+"""Image codec: a light encoder, finite scalar quantisation at an eighth of each side, a decoder.
 
 The encoder sees little (about 40 x 40 pixels a code), so that equal patches get equal codes, which
-a language model can predict; the decoder sees more and repairs the seams. All norms act on one
-position, so that nothing depends on the size of the picture.
+a language model can predict; the wider decoder sees more and repairs the seams. All norms act on
+one position, so that nothing depends on the size of the picture.
 
 Legend: B batch, H W pixels, h w codes (an eighth).
 """
@@ -10,6 +10,7 @@ Legend: B batch, H W pixels, h w codes (an eighth).
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -182,6 +183,9 @@ class ImageStream:
 
     def push(self, pixels: Tensor) -> Tensor:
         """Codes of the pictures handed in."""
+        if not len(pixels):
+            height, width = (side // FACTOR for side in pixels.shape[-2:])
+            return torch.zeros((0, height, width, 1), dtype=torch.int64)
         return self.codec.encode(pixels)
 
     def flush(self) -> Tensor:
@@ -202,3 +206,14 @@ def check_pixels(pixels: Tensor, num_dims: int) -> None:
         raise UserError(f"sides {height} x {width}: at most {FACTOR * NUM_SIZES} pixels; shrink it")
     if not torch.isfinite(pixels).all() or pixels.abs().max() > 1 + 1e-4:
         raise UserError("pixels must be finite and in [-1, 1]")
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """uint8 (n, height, width, 3) -> float (n, 3, height, width) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def from_pixels(pixels: Tensor) -> np.ndarray:
+    """float (n, 3, height, width) in [-1, 1] -> uint8 (n, height, width, 3)."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return values.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -29,5 +29,6 @@ def mel_loss(made: Tensor, real: Tensor, mask: Tensor) -> Tensor:
 
 
 def psnr(squared_error: Tensor | float) -> float:
-    """Peak signal-to-noise ratio in dB of a pooled mean squared error on [-1, 1] pixels (peak 2)."""
+    """Peak signal-to-noise ratio in dB of a pooled mean squared error on pixels in [-1, 1]."""
+    # the peak is 2
     return float(10 * torch.log10(4 / torch.as_tensor(squared_error, dtype=torch.float64)))

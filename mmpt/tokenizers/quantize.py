@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mmpt.config import UserError
+
 
 @dataclass
 class Quantized:
-    """latents: float (..., D), straight-through; codes: int64 (...); loss: scalar to add to training."""
+    """latents: float (..., D), straight-through; codes: int64 (...); loss: a scalar to train on."""
 
     latents: Tensor
     codes: Tensor
@@ -47,7 +49,7 @@ class FSQ(nn.Module):
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
-            raise ValueError(f"levels {levels}: each must be at least 2")
+            raise UserError(f"levels {levels}: give one or more, each at least 2")
         self.levels = levels
         self.width = len(levels)
         self.codebook_size = math.prod(levels)
@@ -80,7 +82,7 @@ class FSQ(nn.Module):
 
 
 class EMAVectorQuantizer(nn.Module):
-    """Nearest neighbour on the unit sphere, codebook learned by moving averages (arXiv 1711.00937, A.1).
+    """Nearest neighbour on the unit sphere; moving averages learn the codebook (1711.00937, A.1).
 
     Low-dimensional, l2-normalised codes (arXiv 2110.04627) keep the codebook in use; a code whose
     share falls below a tenth of the uniform one is restarted at a random latent of the batch.
@@ -162,10 +164,12 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm: centres (K, D) and how many points each took (K,), of points (N, D).
 
-    Centres that lose all points restart at random points. Raises ValueError when N < K.
+    Centres that lose all points restart at random points. Raises UserError when N < K.
     """
     if len(points) < num_centres:
-        raise ValueError(f"{len(points)} vectors are too few for {num_centres} centres")
+        raise UserError(
+            f"{len(points)} vectors are too few for {num_centres} centres; give more data"
+        )
     centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
     counts = torch.ones(num_centres)
     for _ in range(num_steps):

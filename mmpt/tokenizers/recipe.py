@@ -35,6 +35,9 @@ class CodecRecipe:
     checkpoint_every: int = 500
     num_text: int = 2048  # text: size of the vocabulary
     base: str = ""  # video: the image codec that it extends
+    start: str = ""  # a codec of the same shape to go on from; none: random weights
+    augment: bool = True  # speech: vary speed, loudness and noise
+    spelling: float = 0.3  # speech: weight of the text objective
     image: ImageCodecConfig = field(default_factory=ImageCodecConfig)
     video: VideoCodecConfig = field(default_factory=VideoCodecConfig)
     speech: SpeechCodecConfig = field(default_factory=SpeechCodecConfig)

@@ -9,6 +9,7 @@ Griffin-Lim turns mel frames into a wave.
 Legend: B batch, N samples, T mel frames (100 a second), n codes, D width.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -48,6 +49,14 @@ class SpeechCodecConfig:
     num_heads: int = 4
     block: int = 10
     context: int = 10
+
+    def __post_init__(self) -> None:
+        if min(dataclasses.astuple(self)) < 1:
+            raise UserError(f"{self}: every value must be 1 or more")
+        if self.width % (2 * self.num_heads):
+            raise UserError(f"width = {self.width} is no multiple of {2 * self.num_heads}")
+        if self.context > self.block:
+            raise UserError(f"context = {self.context} is longer than block = {self.block}")
 
 
 class Attention(nn.Module):
@@ -153,12 +162,12 @@ class SpeechCodec(Codec):
         return tensors_of(self, ("stem", "encoder", "to_latents")) | codebook
 
     def encode_features(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, T, 80), T a multiple of the block -> features (B, n, code_width) before quantising."""
+        """Log-mel (B, T, 80), T a multiple of the block -> unquantised features (B, n, width)."""
         windows = self._windows(mel, FRAMES_PER_CODE)
         return self._unwindow(self._encode_windows(windows), mel.shape[0])
 
     def decode_mel(self, latents: Tensor) -> Tensor:
-        """Quantised latents (B, n, code_width), n a multiple of the block -> log-mel (B, 8 n, 80)."""
+        """Quantised latents (B, n, width), n a multiple of the block -> log-mel (B, 8 n, 80)."""
         return self._unwindow(self._decode_windows(self._windows(latents, 1)), latents.shape[0])
 
     def spell(self, latents: Tensor) -> Tensor:
@@ -169,7 +178,7 @@ class SpeechCodec(Codec):
     def ctc_loss(
         self, logits: Tensor, num_samples: Tensor, text: Tensor, num_text: Tensor
     ) -> tuple[Tensor, int]:
-        """Mean CTC loss per character, and how many targets were infeasible (too long) and left out."""
+        """Mean CTC loss per character, and how many infeasible (too long) targets were left out."""
         steps = (num_samples * CTC_UPSAMPLING / SAMPLES_PER_CODE).ceil().long()
         steps = steps.clamp(max=logits.shape[1])
         repeats = ((text[:, 1:] == text[:, :-1]) & (text[:, 1:] > 0)).sum(1)
@@ -182,7 +191,7 @@ class SpeechCodec(Codec):
         return loss, infeasible
 
     def _windows(self, x: Tensor, per_code: int) -> Tensor:
-        """(B, n per_code, d) -> (B blocks, (context + block) per_code, d), zeros before the start."""
+        """(B, n per_code, d) -> (B blocks, (context + block) per_code, d), zeros at the start."""
         context, block = self.config.context * per_code, self.config.block * per_code
         padded = F.pad(x, (0, 0, context, 0))
         windows = padded.unfold(1, context + block, block)
@@ -237,7 +246,7 @@ class SpeechCodec(Codec):
 
 
 class SpeechStream:
-    """push(samples (any,)) -> codes (n, 1). Units: one block of samples with the block before it."""
+    """push(samples (any,)) -> codes (n, 1). Units: one block of samples, and the one before it."""
 
     def __init__(self, codec: SpeechCodec) -> None:
         self.codec = codec
@@ -296,6 +305,8 @@ class SpeechDecodeStream:
     @torch.inference_mode()
     def push(self, codes: Tensor) -> Tensor:
         """Samples of the blocks that are complete, 30 ms late."""
+        if len(codes):
+            codes = self.codec.check_codes(codes, 2)
         self._waiting = torch.cat([self._waiting, codes.to(self.codec.device)])
         block, wave = self.codec.config.block, [torch.zeros(0, device=self.codec.device)]
         while len(self._waiting) >= block:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokenizers
 from mmpt.config import UserError, from_dict, write_atomic
+from mmpt.parts import check_unicode
 from mmpt.tokenizers.base import FORMAT_VERSION, Codec
 from mmpt.vocab import Modality
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -79,6 +80,7 @@ class TextCodec(Codec):
 
     def encode(self, text: str) -> Tensor:
         """Codes (n, 1); n is 0 for the empty text."""
+        check_unicode(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int64).reshape(-1, 1)
 

@@ -17,11 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmpt import hub
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
 from mmpt.tokenizers.base import FORMAT_VERSION, Codec, load_codec, tensors_of
 from mmpt.tokenizers.image import Block, ChannelNorm, ImageCodec, check_pixels
 from mmpt.vocab import Modality
 
+OWN_IMAGE = "image"  # folder of the copy of an image codec that has no place of its own
 GROUP = 4  # frames that one latent after the first stands for
 
 
@@ -52,12 +54,12 @@ class Temporal(nn.Module):
         self.to_frames = nn.Conv2d(width, GROUP * made, 1)
 
     def latents(self, features: Tensor, state: Tensor) -> Tensor:
-        """Image features of four frames (B, 4, c, h, w) and state (B, C, h, w) -> latents before rounding."""
+        """Image features (B, 4, c, h, w) and state (B, C, h, w) -> latents before rounding."""
         seen = self.see(rearrange(features, "b g c h w -> b (g c) h w"))
         return self.to_latents(self.encode(seen + state))
 
     def step(self, latents: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantised latents -> the next state, and the decoder's input for four frames (B, 4, c, h, w)."""
+        """Quantised latents -> the next state, and the decoder's input (B, 4, c, h, w)."""
         state = self.norm(self.advance(state + self.from_latents(latents)))
         return state, rearrange(self.to_frames(state), "b (g c) h w -> b g c h w", g=GROUP)
 
@@ -76,7 +78,7 @@ class VideoCodec(Codec):
     def __init__(self, config: VideoCodecConfig, image: ImageCodec) -> None:
         if not config.image:
             config = VideoCodecConfig(
-                image=image.name,
+                image=image.name or OWN_IMAGE,
                 image_fingerprint=image.fingerprint,
                 width=config.width,
                 num_blocks=config.num_blocks,
@@ -97,7 +99,7 @@ class VideoCodec(Codec):
         return self.image.defining_tensors() | tensors_of(self, ("temporal",))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Training pass: reconstruction of all frames but the first (B, T - 1, 3, H, W), and codes."""
+        """Training pass: all frames but the first rebuilt (B, T - 1, 3, H, W), and codes."""
         batch, num_frames = pixels.shape[:2]
         with torch.no_grad():
             features = self.image.encoder(pixels.flatten(0, 1)).unflatten(0, (batch, num_frames))
@@ -136,7 +138,10 @@ class VideoCodec(Codec):
         return VideoDecodeStream(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and the temporal weights; the image codec stays in its own folder."""
+        """Write config.json and the temporal weights.
+
+        The image codec stays in its own folder; where it would not be found, a copy is written.
+        """
         import safetensors.torch
 
         folder = Path(folder)
@@ -144,19 +149,20 @@ class VideoCodec(Codec):
         config = {"format_version": FORMAT_VERSION, "kind": self.kind, **to_dict(self.config)}
         write_atomic(folder / "model.safetensors", safetensors.torch.save(tensors))
         write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        if self.image.fingerprint not in _image_codecs(folder, self.config.image):
+            self.image.save(folder / OWN_IMAGE)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Self:
         """Open what `save` wrote, with the image codec beside it."""
         settings = from_dict(VideoCodecConfig, config, where=f"{folder}/config.json")
-        beside = folder.parent / settings.image
-        image = load_codec(beside if beside.is_dir() else settings.image)
-        if not isinstance(image, ImageCodec) or image.fingerprint != settings.image_fingerprint:
+        found = _image_codecs(folder, settings.image)
+        if settings.image_fingerprint not in found:
             raise UserError(
-                f"{folder} extends image codec {settings.image} {settings.image_fingerprint}, but the "
-                f"one found is {image.fingerprint}; train the video codec again"
+                f"{folder} extends image codec {settings.image} {settings.image_fingerprint}, "
+                f"but there is {', '.join(found) or 'none'}; train the video codec again"
             )
-        codec = cls(settings, image)
+        codec = cls(settings, found[settings.image_fingerprint])
         codec.load_weights(folder)
         return codec.eval()
 
@@ -223,8 +229,12 @@ class VideoDecodeStream:
     @torch.inference_mode()
     def push(self, codes: Tensor) -> Tensor:
         """The frames of every latent handed in: one for the first, four for each other."""
-        codec, frames = self.codec, []
-        for unit in codes.to(codec.device)[:, None]:
+        codec = self.codec
+        height, width = (8 * side for side in codes.shape[1:3])
+        frames = [torch.zeros((0, 3, height, width), device=codec.device)]
+        if len(codes):
+            codes = codec.check_codes(codes, 4)
+        for unit in codes[:, None]:
             if self._state is None:
                 self._state = codec.temporal.start(codec.image.lookup(unit[..., 0]))
                 frames.append(codec.image.decode_unit(unit))
@@ -239,11 +249,21 @@ class VideoDecodeStream:
         """Nothing waits."""
 
 
+def _image_codecs(folder: Path, name: str) -> dict[str, ImageCodec]:
+    """The image codecs that the video codec in `folder` may mean, by fingerprint."""
+    found = {}
+    for place in (folder / OWN_IMAGE, folder.parent / name, hub.shipped("tokenizers") / name):
+        codec = load_codec(place) if (place / "config.json").is_file() else None
+        if isinstance(codec, ImageCodec):
+            found.setdefault(codec.fingerprint, codec)
+    return found
+
+
 def _run(stream: VideoStream, pixels: Tensor) -> Tensor:
     return torch.cat([stream.push(pixels), stream.flush()])
 
 
 def pad_to_factor(pixels: Tensor, factor: int = 8) -> Tensor:
-    """Repeat the right and lower edge of (n, 3, H, W) until both sides are multiples of `factor`."""
+    """Repeat the right and lower edge of (n, 3, H, W) until `factor` divides both sides."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % factor, 0, -height % factor), mode="replicate")

@@ -83,6 +83,19 @@ def test_documents_come_back_as_they_were_written(tmp_path):
         assert np.abs(audio.wave - want.parts[3].wave).max() < 1e-6
 
 
+@pytest.mark.parametrize("order", [(0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 0, 0), (0, 1)])
+@pytest.mark.parametrize("fps", [10.0, 24.0, 60.0])
+def test_a_clip_with_equal_frames_keeps_their_number_and_rate(tmp_path, order, fps):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)[list(order)]
+    write_shard(tmp_path / "a.tar", [Document("a", "a", "any", [Video(frames, fps)])])
+    [document], quarantine = read_all(tmp_path / "a.tar")
+    [video] = document.parts
+    assert quarantine.count == 0
+    assert np.array_equal(video.frames, frames)
+    assert video.fps == fps
+
+
 def test_equal_documents_give_equal_bytes(tmp_path):
     first, second = make_shard(tmp_path / "a.tar"), make_shard(tmp_path / "b.tar")
     assert first.read_bytes() == second.read_bytes()

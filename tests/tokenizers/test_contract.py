@@ -1,4 +1,4 @@
-"""What every codec promises: streaming = whole, batch = singles, causality, every legal code decodes."""
+"""What every codec promises: streaming = whole, batch = singles, causality, legal codes decode."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,11 @@ from mmpt.tokenizers.video import VideoCodec
 
 few = settings(max_examples=8, deadline=None)
 chunks = st.lists(st.integers(0, 9), max_size=6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "codec"
 
 
 def _pixels(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -90,7 +95,7 @@ def test_streamed_speech_has_the_codes_of_the_whole(
 
 
 def test_speech_streams_what_training_computes(speech_codec: SpeechCodec) -> None:
-    from mmpt.tokenizers.speech import log_mel
+    from mmpt.tokenizers.vocoder import log_mel
 
     wave = _pixels(2, 3 * speech_codec.block_samples) * 0.3
     features = speech_codec.encode_features(log_mel(wave))
@@ -234,3 +239,52 @@ def test_structure_names_in_user_text_are_plain_characters(text_codec: TextCodec
     codes = text_codec.encode(text)
     assert len(codes) >= 5
     assert text_codec.decode(codes) == text
+
+
+def test_a_video_codec_finds_its_image_codec_or_brings_a_copy(
+    video_codec: VideoCodec, image_codec: ImageCodec, zoo: Path, tmp_path: Path
+) -> None:
+    video_codec.save(tmp_path / "alone" / "video")
+    video_codec.save(zoo / "again")  # beside it
+    pixels = _pixels(1, 5, 3, 16, 16)
+    for folder, copied in ((tmp_path / "alone" / "video", True), (zoo / "again", False)):
+        loaded = load_codec(folder)
+        assert isinstance(loaded, VideoCodec)
+        assert loaded.fingerprint == video_codec.fingerprint
+        assert torch.equal(loaded.encode(pixels), video_codec.encode(pixels))
+        assert (folder / "image").is_dir() == copied
+    other = ImageCodec(image_codec.config)
+    other.save(tmp_path / "alone" / "video" / "image")
+    with pytest.raises(UserError, match="train the video codec again") as caught:
+        load_codec(tmp_path / "alone" / "video")
+    assert other.fingerprint in str(caught.value)
+
+
+def test_a_stream_takes_pieces_of_any_size_even_none(
+    image_codec: ImageCodec, video_codec: VideoCodec, speech_codec: SpeechCodec
+) -> None:
+    assert image_codec.stream().push(torch.zeros(0, 3, 16, 24)).shape == (0, 2, 3, 1)
+    assert video_codec.stream().push(torch.zeros(0, 3, 16, 24)).shape == (0, 0, 0, 1)
+    assert video_codec.decode_stream().push(torch.zeros(0, 2, 3, 1)).shape == (0, 3, 16, 24)
+    assert speech_codec.stream().push(torch.zeros(0)).shape == (0, 1)
+    for codec in (image_codec, video_codec, speech_codec):
+        assert len(codec.stream().flush()) == 0
+    decoder = speech_codec.decode_stream()
+    assert decoder.push(torch.zeros(0, 1, dtype=torch.int64)).shape == (0,)
+    assert decoder.flush().shape == (0,)
+
+
+def test_codes_that_are_not_legal_are_refused_by_streams_as_well(
+    video_codec: VideoCodec, speech_codec: SpeechCodec
+) -> None:
+    for bad in (-1, video_codec.codebook_size):
+        with pytest.raises(UserError, match="must be in"):
+            video_codec.decode_stream().push(torch.full((1, 2, 2, 1), bad))
+    for bad in (-1, speech_codec.codebook_size):
+        with pytest.raises(UserError, match="must be in"):
+            speech_codec.decode_stream().push(torch.full((3, 1), bad))
+
+
+def test_a_lone_surrogate_is_refused(text_codec: TextCodec) -> None:
+    with pytest.raises(UserError, match="lone surrogate"):
+        text_codec.encode("bad \udcff")

@@ -1,0 +1,19 @@
+"""Events while a picture is decoded in parallel: each pass refines all of its 64 codes at once.
+
+Run: python examples/03_watch_it_denoise.py [runs/quickstart/model]
+"""
+
+import sys
+from pathlib import Path
+
+import mmpt
+from mmpt.results import PartDone, Preview
+
+model = mmpt.load(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/model")
+out = Path("runs/examples")
+for event in model.stream("yellow star", to="image", decoder="dida", num_passes=8, guidance=2.0):
+    if isinstance(event, Preview):
+        event.part.save(out / f"star-{event.done}-of-{event.total}.png")
+    elif isinstance(event, PartDone):
+        event.part.save(out / "star.png")
+print(f"look at {out}/star-*.png")

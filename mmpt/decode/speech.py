@@ -1,0 +1,75 @@
+"""Speech of a length that the model chooses: spans of at most 26 codes, one after another.
+
+The model writes each span's header one id at a time, and so decides how long the span is and
+whether another one follows; the codes are filled in by either decoder.
+"""
+
+import numpy as np
+import torch
+
+from mmpt.data.layout import MAX_SPEECH_SPAN
+from mmpt.decode.ar import generate, generate_block
+from mmpt.decode.dida import denoise_block
+from mmpt.decode.sampling import Sampling
+from mmpt.model.transformer import Decoder
+from mmpt.vocab import BEGIN, END, Modality, Vocabulary
+
+SPEECH = Modality.SPEECH
+HEADER = 2  # ids: begin, size
+
+
+def speak(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompt: np.ndarray,
+    *,
+    max_codes: int,
+    num_passes: int | None,
+    sampling: Sampling,
+    generator: torch.Generator,
+    unconditional: np.ndarray | None = None,
+) -> np.ndarray:
+    """The prompt and at least one span of speech behind it, as ids (n,).
+
+    prompt: ids that end outside a span. num_passes: of parallel decoding; None decodes one id at a
+    time. It ends when the model ends the document, or after `max_codes` codes.
+    """
+    begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
+    ids = np.append(prompt, begin)
+    free = None if unconditional is None else np.append(unconditional, begin)
+    left = max_codes
+    while True:
+        shapes = {SPEECH: [(n,) for n in range(1, min(MAX_SPEECH_SPAN, left) + 1)]}
+        [header] = generate(
+            model,
+            vocabulary,
+            [ids],
+            max_ids=HEADER + MAX_SPEECH_SPAN + 1,
+            allow=(SPEECH,),
+            shapes=shapes,
+            stop="header",
+            sampling=sampling,
+            generators=[generator],
+            unconditional=None if free is None else [free],
+        )
+        ids = np.append(ids, header)
+        size = vocabulary.size_of(int(header[-1]))
+        if size is None:  # <eod>: nothing more to say
+            return ids
+        free = None if free is None else np.append(free, header)
+        options = {
+            "modality": SPEECH,
+            "length": size,
+            "sampling": sampling,
+            "generators": [generator],
+            "unconditional": None if free is None else [free],
+        }
+        if num_passes is None:
+            [codes] = generate_block(model, vocabulary, [ids], **options)
+        else:
+            [codes] = denoise_block(model, vocabulary, [ids], num_passes=num_passes, **options)
+        ids = np.concatenate([ids, codes, [end]])
+        free = None if free is None else np.concatenate([free, codes, [end]])
+        left -= size
+        if left <= 0:
+            return ids

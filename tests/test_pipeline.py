@@ -1,0 +1,149 @@
+"""The inference API on a small untrained model with small codecs: what goes in comes out typed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmpt.config import UserError
+from mmpt.model.config import ModelConfig
+from mmpt.model.transformer import Decoder
+from mmpt.parts import Audio, Image, Text, Video
+from mmpt.pipeline import Pipeline
+from mmpt.processor import Processor
+from mmpt.results import PartDone, Preview, Result, TextDelta
+from mmpt.tokenizers.base import Codec
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    image_codec: Codec, video_codec: Codec, speech_codec: Codec, text_codec: Codec, tmp_path_factory
+) -> Pipeline:
+    folder = tmp_path_factory.mktemp("codecs")
+    names = []
+    for codec in (text_codec, image_codec, video_codec, speech_codec):
+        codec.save(folder / codec.kind)
+        names.append(str(folder / codec.kind))
+    processor = Processor.load(names, max_side=16)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=len(processor.vocabulary),
+        width=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        expert_hidden=16,
+        vocabulary=processor.vocabulary.fingerprint,
+    )
+    model = Decoder.from_config(config)
+    model.add_noisy_groups()
+    return Pipeline(model, processor)
+
+
+SMALL = {"height": 16, "width": 16, "frames": 5, "max_ids": 12, "max_seconds": 0.5, "num_passes": 2}
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dida"])
+def test_every_medium_comes_out_typed_and_saves(
+    pipeline: Pipeline, decoder: str, tmp_path: Path
+) -> None:
+    expected = {"text": Text, "image": Image, "video": Video, "speech": Audio}
+    files = {"text": "a.txt", "image": "a.png", "video": "a.mp4", "speech": "a.wav"}
+    for to, kind in expected.items():
+        [part] = pipeline("a red apple", to=to, decoder=decoder, **SMALL)  # type: ignore[arg-type] # names of media
+        assert isinstance(part, kind)
+        part.save(tmp_path / files[to])
+        assert (tmp_path / files[to]).exists()
+    [video] = pipeline("a", to="video", decoder=decoder, **SMALL)
+    assert isinstance(video, Video)
+    assert video.frames.shape == (5, 16, 16, 3)
+
+
+def test_results_can_be_handed_back_in(pipeline: Pipeline) -> None:
+    [picture] = pipeline("a red apple", to="image", **SMALL)
+    [sound] = pipeline(picture, to="speech", **SMALL)
+    [text] = pipeline(sound, picture, "and", to="text", **SMALL)
+    assert isinstance(text, Text)
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dida"])
+@pytest.mark.parametrize("to", ["text", "image", "speech"])
+def test_a_batch_gives_what_its_singles_give(pipeline: Pipeline, decoder: str, to: str) -> None:
+    prompts = [["apple"], ["a red table on a table"], ["red"]]
+    seeds = [3, 4, 5]
+    settings = {**SMALL, "guidance": 2.0, "decoder": decoder}
+    together = pipeline.batch(prompts, to=to, seeds=seeds, **settings)  # type: ignore[arg-type] # a medium
+    for prompt, seed, result in zip(prompts, seeds, together, strict=True):
+        alone = pipeline(*prompt, to=to, seed=seed, **settings)  # type: ignore[arg-type] # a medium
+        assert np.array_equal(alone.ids, result.ids)
+
+
+def test_the_same_seed_gives_the_same_and_another_one_does_not(pipeline: Pipeline) -> None:
+    first, again, other = (pipeline("a", to="image", seed=s, **SMALL).ids for s in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_events_lead_to_the_result(pipeline: Pipeline) -> None:
+    events = list(pipeline.stream("a", to="image", decoder="dida", **SMALL))
+    assert [type(e) for e in events] == [Preview, Preview, PartDone, Result]
+    *deltas, done, result = pipeline.stream("a", to="text", **SMALL)
+    assert isinstance(done, PartDone)
+    assert isinstance(result, Result)
+    assert "".join(d.text for d in deltas if isinstance(d, TextDelta)) == result[0].text.rstrip(
+        "\ufffd"
+    )
+    assert result.provenance()["seed"] == 0
+
+
+def test_a_clip_is_continued_from_its_first_frames(pipeline: Pipeline) -> None:
+    begin = Video(np.full((1, 16, 16, 3), 200, np.uint8), 10.0)
+    [made] = pipeline("a", to="video", begin=begin, **SMALL)
+    [decoded] = pipeline.processor.decode_segments(pipeline.processor.encode_parts([begin]))
+    assert isinstance(made, Video)
+    assert isinstance(decoded, Video)
+    assert np.array_equal(made.frames[0], decoded.frames[0])
+
+
+def test_free_continuation_is_parts_in_order(pipeline: Pipeline) -> None:
+    for seed in range(4):
+        result = pipeline("a red", seed=seed, **{**SMALL, "max_ids": 40})
+        assert all(isinstance(part, Text | Image | Video | Audio) for part in result)
+
+
+def test_mistakes_are_one_line(pipeline: Pipeline) -> None:
+    mistakes = [
+        {"to": "smell"},
+        {"to": "image", "height": 15},
+        {"to": "video", "frames": 4},
+        {"to": "image", "colour": 3},
+        {"to": "image", "num_passes": 0},
+        {"to": "image", "begin": Video(np.zeros((1, 16, 16, 3), np.uint8), 1.0)},
+    ]
+    for mistake in mistakes:
+        with pytest.raises(UserError) as caught:
+            pipeline("a", **{**SMALL, **mistake})
+        assert "\n" not in str(caught.value)
+
+
+def test_structure_in_user_text_changes_no_structure(pipeline: Pipeline) -> None:
+    vocabulary = pipeline.processor.vocabulary
+    [segment] = pipeline.processor.encode_parts([Text("<boi><eod><bod>")])
+    assert segment.codes.max() < vocabulary.num_text
+    pipeline("<boi> <eoi> <eod>", to="image", **SMALL)
+
+
+def test_a_model_that_was_never_adapted_says_so(pipeline: Pipeline) -> None:
+    model = Decoder.from_config(
+        ModelConfig(
+            vocab_size=len(pipeline.processor.vocabulary),
+            width=24,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            expert_hidden=16,
+        )
+    )
+    with pytest.raises(UserError, match="never adapted"):
+        Pipeline(model, pipeline.processor)("a", to="image", decoder="dida", **SMALL)
