@@ -93,7 +93,9 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 a mistake of the user, 130 interrupted."""
+    """Run one verb; returns the exit status: 0 done, 1 damage was found, 2 a mistake of the user,
+    130 interrupted.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         module, function = path.split(":")
         verb = getattr(importlib.import_module(module), function)
         parser = _parser(name, verb, summary, example)
-        options = vars(parser.parse_args(rest))
+        options = vars(parser.parse_intermixed_args(rest))
         as_json = options.pop("json")
         result = _call(verb, options)
         print(json.dumps(result) if as_json else _render(result))

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -81,10 +82,33 @@ def _has_bf16() -> bool:
 
 
 def _memory_gib() -> float | None:
+    """What a new process can have: the caches of the system count, a container's limit holds."""
+    found = [n for n in (_available_bytes(), _left_in_cgroup()) if n is not None]
+    return min(found) / 2**30 if found else None
+
+
+def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):
+        lines = meminfo.read_text().splitlines()
+    except OSError:  # no Linux
         return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None
+
+
+def _left_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The limit less what is in use and cannot be given back; None where there is no limit."""
+    names = ("memory.max", "memory.current", "memory.stat")  # of version 2
+    if (root / "memory").is_dir():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+        root = root / "memory"
+    try:
+        limit, used = (int((root / name).read_text()) for name in names[:2])
+        rows = (root / names[2]).read_text().splitlines()
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+    cache = sum(int(row.split()[1]) for row in rows if row.startswith("inactive_file "))
+    return max(0, limit - used + cache)
 
 
 def _version(name: str) -> str | None:

@@ -4,8 +4,8 @@ The same types go in and come out. Loading accepts what users have and refuses t
 see `media.py` and `sound.py` for the formats.
 """
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +14,8 @@ import numpy as np
 from mmpt import media, sound
 from mmpt.config import UserError, write_atomic
 from mmpt.media import Source
+
+MAX_RATIO = 1000  # of two sample rates, reduced, when sound is resampled
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,8 @@ class Audio:
         import torch
         import torchaudio.functional as F
 
-        # keep the ratio small: an odd rate such as 44,099 would need a kernel of gigabytes
-        divisor = math.gcd(sample_rate, self.sample_rate)
-        if max(sample_rate, self.sample_rate) // divisor > 2000:
-            raise UserError(
-                f"cannot resample {self.sample_rate} Hz to {sample_rate} Hz; use a usual rate"
-            )
-        wave = F.resample(torch.from_numpy(self.wave), self.sample_rate, sample_rate)
+        before, after = _small_ratio(self.sample_rate, sample_rate)
+        wave = F.resample(torch.from_numpy(self.wave), before, after)
         return Audio(wave.clamp(-1, 1).numpy(), sample_rate)
 
     def save(self, path: str | Path) -> None:
@@ -154,6 +151,17 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the text holds a lone surrogate at character {error.start}") from None
+
+
+def _small_ratio(before: int, after: int) -> tuple[int, int]:
+    """Two rates of about the same ratio, reduced: at most 1,000, or off by less than 0.1%."""
+    sound.check_sample_rate(before, "the sound")
+    sound.check_sample_rate(after, "the result")
+    # an odd rate such as 44,099 Hz would need a filter of gigabytes
+    small, big = sorted((before, after))
+    ratio = Fraction(small, big).limit_denominator(MAX_RATIO)
+    low, high = ratio.as_integer_ratio()
+    return (low, high) if before < after else (high, low)
 
 
 def _suffix(path: str | Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mmpt.config import UserError, write_atomic
-from mmpt.data.layout import write_segments
+from mmpt.data.layout import MAX_SPEECH_SPAN, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.dida import denoise_passes
 from mmpt.decode.sampling import Sampling
@@ -27,9 +27,42 @@ from mmpt.parts import Part, Text, Video, load_part
 from mmpt.processor import Processor
 from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
+from mmpt.tokenizers.image import FACTOR
+from mmpt.tokenizers.speech import SAMPLE_RATE, SAMPLES_PER_CODE
+from mmpt.tokenizers.video import GROUP
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
-CODES_PER_SECOND = 12.5  # of speech
+CODES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_CODE  # of speech
+
+
+class TextWriter:
+    """Turns ids into text as they come; a character whose bytes are not all there waits."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.codec, self.num_text = processor.text, processor.vocabulary.num_text
+        self.ids: list[int] = []
+        self.shown = 0  # characters handed out
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return self.codec.decode(torch.tensor(self.ids, dtype=torch.int64)[:, None])
+
+    def push(self, token: int | None) -> str:
+        """Take an id (None and ids that are no text change nothing); returns what is new."""
+        if token is None or token >= self.num_text:
+            return ""
+        self.ids.append(token)
+        text = self.text
+        return "" if text.endswith("\ufffd") else self._new(text)
+
+    def flush(self) -> str:
+        """What is left, broken characters included."""
+        return self._new(self.text)
+
+    def _new(self, text: str) -> str:
+        new, self.shown = text[self.shown :], len(text)
+        return new
 
 
 class Pipeline:
@@ -147,6 +180,10 @@ class Pipeline:
             return
         shape, given = self._shape(modality, settings), np.zeros((0, 1, 1), dtype=np.int64)
         if begin is not None:
+            if (len(begin.frames) - 1) % GROUP:
+                raise UserError(
+                    f"begin has {len(begin.frames)} frames; give 1 + {GROUP} n, such as 9"
+                )
             given = self.processor.encode_parts([begin])[0].codes
             if given.shape[1:] != shape[1:] or len(given) >= shape[0]:
                 raise UserError(
@@ -161,14 +198,16 @@ class Pipeline:
         codec = self.processor.media.get(modality)
         if codec is None:
             raise UserError(f"this model has no {modality.name.lower()} tokenizer")
-        sides = (settings.height // 8, settings.width // 8)
-        if settings.height % 8 or settings.width % 8:
-            raise UserError(f"{settings.height} x {settings.width} pixels; use multiples of 8")
+        sides = (settings.height // FACTOR, settings.width // FACTOR)
+        if settings.height % FACTOR or settings.width % FACTOR:
+            raise UserError(
+                f"{settings.height} x {settings.width} pixels; use multiples of {FACTOR}"
+            )
         if modality == Modality.IMAGE:
             return sides
-        if (settings.frames - 1) % 4:
-            raise UserError(f"frames = {settings.frames}; use 1 + 4 n, such as 17")
-        return (1 + (settings.frames - 1) // 4, *sides)
+        if (settings.frames - 1) % GROUP:
+            raise UserError(f"frames = {settings.frames}; use 1 + {GROUP} n, such as 17")
+        return (1 + (settings.frames - 1) // GROUP, *sides)
 
     def _fill(
         self,
@@ -233,12 +272,12 @@ class Pipeline:
         generators: list[torch.Generator],
         settings: Settings,
     ) -> Iterator[list[Event]]:
+        vocabulary = self.processor.vocabulary
         prompts = [builder.build().ids for builder in builders]
-        codec, written = self.processor.text, [[] for _ in prompts]
-        shown = ["" for _ in prompts]
+        writers = [TextWriter(self.processor) for _ in prompts]
         for step in generate_steps(
             self.model,
-            self.processor.vocabulary,
+            vocabulary,
             prompts,
             max_ids=settings.max_ids,
             sampling=_sampling(settings),
@@ -246,22 +285,15 @@ class Pipeline:
             allow=(Modality.TEXT,),
             unconditional=None if free is None else [b.build().ids for b in free],
         ):
-            events: list[Event] = []
-            for row, token in enumerate(step.ids):
-                if token is not None and token < self.processor.vocabulary.num_text:
-                    written[row].append(token)
-                text = codec.decode(torch.tensor(written[row], dtype=torch.int64)[:, None])
-                ready = text if not text.endswith("\ufffd") else shown[row]
-                events.append(TextDelta(ready[len(shown[row]) :]))
-                shown[row] = ready
-            yield events
-        parts = [
-            Text(codec.decode(torch.tensor(ids, dtype=torch.int64)[:, None])) for ids in written
-        ]
+            pairs = zip(writers, step.ids, strict=True)
+            yield [TextDelta(writer.push(token)) for writer, token in pairs]
+        yield [TextDelta(writer.flush()) for writer in writers]
+        parts = [Text(writer.text) for writer in writers]
         yield [PartDone(part) for part in parts]
+        rows = zip(parts, seeds, prompts, writers, strict=True)
         yield [
-            self._result([part], seed, settings, np.concatenate([prompt, np.array(ids, np.int64)]))
-            for part, seed, prompt, ids in zip(parts, seeds, prompts, written, strict=True)
+            self._result([part], seed, settings, np.append(prompt, writer.ids).astype(np.int64))
+            for part, seed, prompt, writer in rows
         ]
 
     def _speak(
@@ -299,28 +331,35 @@ class Pipeline:
     @torch.inference_mode()
     def _continue(self, segments: list[Segment], seed: int, settings: Settings) -> Iterator[Event]:
         """Let the model decide what comes: text and media, until it ends the document."""
+        if settings.decoder != "ar":
+            raise UserError("decoder='dida' needs to='image', 'video' or 'speech'")
         vocabulary = self.processor.vocabulary
         prompt = self._prompt(segments).build().ids
-        free = [self._no_condition().build().ids] if settings.guidance != 1 else None
-        steps = generate_steps(
+        shapes: dict[Modality, list[tuple[int, ...]]] = {
+            modality: [self._shape(modality, settings)]
+            for modality in (Modality.IMAGE, Modality.VIDEO)
+            if vocabulary.has(modality)
+        }
+        shapes[Modality.SPEECH] = [(length,) for length in range(1, MAX_SPEECH_SPAN + 1)]
+        writer, ids = TextWriter(self.processor), []
+        for step in generate_steps(
             self.model,
             vocabulary,
             [prompt],
             max_ids=settings.max_ids,
             sampling=_sampling(settings),
             generators=[torch.Generator().manual_seed(seed)],
-            shapes={
-                modality: [self._shape(modality, settings)]
-                for modality in (Modality.IMAGE, Modality.VIDEO)
-                if vocabulary.has(modality)
-            },
-            unconditional=free,
-        )
-        ids = _collect(steps)
-        parts = self.processor.decode_segments(list(parse(ids, vocabulary)))
+            shapes=shapes,
+            unconditional=[self._no_condition().build().ids] if settings.guidance != 1 else None,
+        ):
+            ids += [token for token in step.ids if token is not None]
+            if delta := writer.push(step.ids[0]):
+                yield TextDelta(delta)
+        new = np.array(ids, dtype=np.int64)
+        parts = self.processor.decode_segments(list(parse(new, vocabulary)))
         for part in parts:
             yield PartDone(part)
-        yield self._result(parts, seed, settings, np.concatenate([prompt, ids]))
+        yield self._result(parts, seed, settings, np.concatenate([prompt, new]))
 
     def _result(self, parts: list[Part], seed: int, settings: Settings, ids: np.ndarray) -> Result:
         vocabulary = self.processor.vocabulary.fingerprint
@@ -342,33 +381,50 @@ def generate(
     model: Path,
     parts: list[str],
     *,
-    out: Path | None = None,
     to: Medium = "image",
+    out: Path | None = None,
     seed: int = 0,
     decoder: Method = "ar",
     guidance: float = 1.0,
     temperature: float = 1.0,
     num_passes: int = 8,
-) -> dict:
-    """Generate a part of medium `to` from PARTS: texts, or files such as cat.png and hello.wav."""
+    height: int = 64,
+    width: int = 64,
+    frames: int = 17,
+    max_ids: int = 96,
+) -> dict[str, Any]:
+    """Generate a part of medium `to` from PARTS: texts, or files such as cat.png and hello.wav.
+
+    MODEL is a model folder or a run. Text is printed; other media are saved at --out.
+    """
+    if out is None and to != "text":
+        raise UserError(f"the result will be {to}; say where to save it with --out FILE")
+    settings = {
+        "decoder": decoder,
+        "guidance": guidance,
+        "temperature": temperature,
+        "num_passes": num_passes,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "max_ids": max_ids,
+    }
     pipeline = Pipeline.load(model)
-    loaded = [load_part(text) if Path(text).is_file() else Text(text) for text in parts]
-    result = pipeline(
-        *loaded,
-        to=to,
-        seed=seed,
-        decoder=decoder,
-        guidance=guidance,
-        temperature=temperature,
-        num_passes=num_passes,
-    )
+    result = pipeline(*[_read_part(text) for text in parts], to=to, seed=seed, **settings)
     [part] = result
     if out is not None:
         part.save(out)
-    elif not isinstance(part, Text):
-        raise UserError(f"the result is {to}; say where to save it with --out FILE")
     shown = {"text": part.text} if isinstance(part, Text) else {"out": str(out)}
     return shown | result.provenance()
+
+
+def _read_part(text: str) -> Part:
+    """A file, where there is one of this name; else the words themselves."""
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        is_file = False
+    return load_part(text) if is_file else Text(text)
 
 
 def _settings(values: dict[str, Any]) -> Settings:
@@ -387,10 +443,6 @@ def _sampling(settings: Settings) -> Sampling:
 
 def _open(builders: list[StreamBuilder], before: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([builder.build().ids, before]) for builder in builders]
-
-
-def _collect(steps: Iterator) -> np.ndarray:
-    return np.array([step.ids[0] for step in steps if step.ids[0] is not None], dtype=np.int64)
 
 
 def _last(events: Iterator[list[Event]]) -> list[Result]:

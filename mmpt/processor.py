@@ -5,15 +5,17 @@ to multiples of the codec's factor. What was encoded is what a model sees, so a 
 more detail than its codes hold.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mmpt.config import UserError
+from mmpt import hub
+from mmpt.config import UserError, write_atomic
 from mmpt.parts import Audio, Image, Part, Text, Video
 from mmpt.stream import Segment
 from mmpt.tokenizers import load as load_codec
@@ -28,6 +30,42 @@ from mmpt.vocab import Modality, Vocabulary
 DEFAULT_TOKENIZERS = ("text-2k", "image-f8", "video-f8t4", "speech-12hz")
 FPS = 12.0  # of generated clips; codes do not carry time
 CHUNK = 16  # frames that are shrunk at once: whole clips as floats would take gigabytes
+FILE, FORMAT_VERSION = "processor.json", 1
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What opens a processor again: names of shipped tokenizers or absolute paths of others."""
+
+    tokenizers: tuple[str, ...]
+    max_side: int = 64
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ProcessorSettings":
+        """Read processor.json of a folder. Raises UserError in one line."""
+        path = Path(folder) / FILE
+        try:
+            data = json.loads(path.read_text())
+            version, names, side = data["format_version"], data["tokenizers"], data["max_side"]
+            if version > FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format {version}; this mmpt reads {FORMAT_VERSION}: upgrade"
+                )
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; mmpt encode and mmpt train write it"
+            ) from None
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeError) as error:
+            raise UserError(f"{path} holds no settings of a processor: {error!r}") from None
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not named or type(side) is not int:
+            raise UserError(f"{path} needs a list of tokenizers and a whole max_side")
+        return cls(tuple(names), side)
+
+    def save(self, folder: str | Path) -> None:
+        """Write processor.json, atomically."""
+        data = {"format_version": FORMAT_VERSION, **asdict(self)}
+        write_atomic(Path(folder) / FILE, json.dumps(data, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -65,6 +103,26 @@ class Processor:
         if vocabulary is not None:
             vocabulary.check(built.fingerprint, what="this set of tokenizers")
         return cls(vocabulary or built, texts[0], media, max_side)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Processor":
+        """Open the processor of a model or token folder: processor.json and vocabulary.json."""
+        settings = ProcessorSettings.load(folder)
+        return cls.load(
+            settings.tokenizers,
+            vocabulary=Path(folder) / "vocabulary.json",
+            max_side=settings.max_side,
+        )
+
+    @property
+    def settings(self) -> ProcessorSettings:
+        """What opens this processor again."""
+        codecs = (self.text, *self.media.values())
+        return ProcessorSettings(tuple(_reference(codec) for codec in codecs), self.max_side)
+
+    def save_settings(self, folder: str | Path) -> None:
+        """Write processor.json; the vocabulary is saved by itself."""
+        self.settings.save(folder)
 
     @property
     def separator(self) -> np.ndarray:
@@ -141,6 +199,14 @@ def fit_pixels(pixels: torch.Tensor, max_side: int) -> torch.Tensor:
         return pixels
     made = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
     return made.clamp(-1, 1)
+
+
+def _reference(codec: Codec) -> str:
+    """The name of a shipped codec, the absolute path of another one."""
+    if codec.folder is None:
+        raise UserError(f"the {codec.kind} tokenizer was never saved; save it and load it by path")
+    shipped = hub.holds("tokenizers") and codec.folder.parent == hub.shipped("tokenizers").resolve()
+    return codec.name if shipped else str(codec.folder)
 
 
 def _build_vocabulary(text: TextCodec, media: Mapping[Modality, Codec]) -> Vocabulary:

@@ -40,20 +40,20 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=RunRecipe)
 
-SHARES = {"pretrain": 0.78, "adapt": 0.22}  # of `minutes`
+SHARES = {"pretrain": 0.82, "adapt": 0.18}  # of `minutes`
 
 
 class Stopped(Exception):
     """A stage was asked to stop; what it did is on disk."""
 
 
-def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 5.0, seed: int = 0) -> dict:
+def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 7.0, seed: int = 0) -> dict:
     """Run the main job on the sampler: encode, pretrain, adapt, evaluate, generate, report.
 
     Ctrl-C stops cleanly; the same command goes on. `minutes` is the time to train for, from which
     the number of steps is measured. Look at OUT/report.html afterwards.
     """
-    if minutes <= 0:
+    if not minutes > 0:
         raise UserError(f"minutes = {minutes}; use more than 0, such as 5")
     job = Job(Path(out), minutes=minutes, seed=seed)
     try:
@@ -74,7 +74,7 @@ class Job:
         begun = {"minutes": minutes, "seed": seed}
         if not self.state_file.is_file():
             write_atomic(self.state_file, json.dumps({"begun": begun, "stages": {}}))
-        self.state = json.loads(self.state_file.read_text())
+        self.state = _read_state(self.state_file)
         if self.state["begun"] != begun:
             raise UserError(
                 f"{out} was begun with {self.state['begun']}, now it is {begun}; "
@@ -196,6 +196,7 @@ class Job:
         stages = [
             Stage(name=name, seconds=s["seconds"], detail=s["detail"])
             for name, s in self.state["stages"].items()
+            if name != "report"
         ]
         runs = {"pretraining": self.out / "pretrain", "adaptation": self.out / "adapt"}
         return write_report(
@@ -245,6 +246,16 @@ class Job:
             self.save()
         warmup = min(recipe.optim.warmup, steps[name] // 5)
         return replace(recipe, steps=steps[name], optim=replace(recipe.optim, warmup=warmup))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+        if isinstance(state["begun"], dict) and isinstance(state["stages"], dict):
+            return state
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError(f"{path} is no quickstart of mmpt; remove it or give another --out")
 
 
 def _documents(shards: list[Path]) -> list[Document]:

@@ -29,7 +29,8 @@ class Showcase:
             self.next_frames,
             self.page_continued,
         ]
-        return [maker() for maker in tqdm(makers, desc="generate", unit="gallery")]
+        made = [maker() for maker in tqdm(makers, desc="generate", unit="gallery")]
+        return [gallery for gallery in made if gallery.rows]
 
     def text_to_image(self) -> Gallery:
         """Labels of held-out emoji as pictures, both decoders."""
@@ -140,7 +141,8 @@ class Showcase:
         found = [
             d
             for d in self.documents
-            if d.order == "any" and any(isinstance(p, kind) for p in d.parts)
+            if d.order == "any"
+            and all(any(isinstance(p, k) for p in d.parts) for k in (kind, Text))
         ]
         step = max(1, len(found) // count)  # spread over the set
         return found[::step][:count]
@@ -150,6 +152,8 @@ class Showcase:
         return processor.decode_segments(processor.encode_parts([part]))[0]
 
     def _batch(self, prompts: list[Any], to: Any, **settings: Any) -> list[Part]:
+        if not prompts:
+            return []
         began = time.monotonic()
         seeds = [self.seed + i for i in range(len(prompts))]
         done = self.pipeline.batch([[p] for p in prompts], to=to, seeds=seeds, **settings)

@@ -1,12 +1,14 @@
 """The command line: every verb helps, a mistake is one line, machines get JSON."""
 
+import importlib
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmpt.__main__ import VERBS, main
+from mmpt.__main__ import VERBS, _parser, main
 from mmpt.config import UserError
 from mmpt.parts import Image
 
@@ -54,6 +56,14 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"usage: mmpt {verb}" in out
     assert f"example: mmpt {verb}" in out
     assert "--json" in out
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_the_example_of_every_verb_can_be_read(verb: str) -> None:
+    path, summary, example = VERBS[verb]
+    module, function = path.split(":")
+    parser = _parser(verb, getattr(importlib.import_module(module), function), summary, example)
+    parser.parse_intermixed_args(shlex.split(example))
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +139,9 @@ def test_arguments_arrive_with_their_types(
     assert json.loads(capsys.readouterr().out) == want
     assert main(["try", "3", "a"]) == 0
     assert capsys.readouterr().out == "first: 3\nrest: ['a']\nname: x\nloud: False\n"
+    capsys.readouterr()
+    assert main(["try", "3", "--name", "y", "a", "--loud", "b", "--json"]) == 0  # in any order
+    assert json.loads(capsys.readouterr().out) == want
     for wrong in (["try"], ["try", "many", "a"], ["try", "3", "a", "--quiet"]):
         with pytest.raises(SystemExit) as done:
             main(wrong)

@@ -1,5 +1,6 @@
 """The processor: parts of any size become codes of one vocabulary and come back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmpt.config import UserError
 from mmpt.parts import Audio, Image, Part, Text, Video
-from mmpt.processor import Processor, fit_pixels, merge_speech
+from mmpt.processor import Processor, ProcessorSettings, fit_pixels, merge_speech
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.image import ImageCodec, from_pixels, to_pixels
 from mmpt.vocab import Modality, Vocabulary
@@ -234,3 +235,54 @@ def test_pixels_survive_the_way_to_floats_and_back() -> None:
     assert (pixels.min(), pixels.max()) == (-1, 1)
     assert np.array_equal(from_pixels(pixels), every)
     assert from_pixels(torch.full((1, 3, 8, 8), 9.0)).max() == 255
+
+
+NAMES = ("text", "image", "video", "speech")
+
+
+def test_a_processor_opens_again_from_its_settings(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo)
+    processor = Processor.load(NAMES, max_side=24)
+    processor.vocabulary.save(tmp_path / "vocabulary.json")
+    processor.save_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)  # paths are absolute
+    again = Processor.from_folder(tmp_path)
+    assert again.vocabulary == processor.vocabulary
+    assert again.max_side == 24
+    assert again.settings.tokenizers == tuple(str(zoo / name) for name in NAMES)
+
+
+def test_shipped_tokenizers_stay_names(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmpt import hub
+
+    monkeypatch.setattr(hub, "shipped", lambda what: zoo)
+    assert Processor.load(NAMES).settings.tokenizers == NAMES
+
+
+def test_settings_that_are_absent_odd_or_newer_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "processor.json"
+    good = {"format_version": 1, "tokenizers": ["text-2k"], "max_side": 64}
+    cases = {
+        "{": "holds no settings",
+        "[]": "holds no settings",
+        json.dumps(good | {"format_version": 2}): "format 2; this mmpt reads 1",
+        json.dumps(good | {"tokenizers": "text-2k"}): "a list of tokenizers",
+        json.dumps(good | {"max_side": "64"}): "a whole max_side",
+    }
+    for text, message in {"": "holds no settings", **cases}.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as caught:
+            ProcessorSettings.load(tmp_path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        Processor.from_folder(tmp_path)
+
+
+def test_a_codec_that_was_never_saved_has_no_settings(zoo: Path) -> None:
+    loaded = Processor.load([str(zoo / "text")])
+    loaded.text.folder = None
+    with pytest.raises(UserError, match="never saved"):
+        _ = loaded.settings

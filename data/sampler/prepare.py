@@ -49,8 +49,6 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 
 def main(out: Path, cache: Path) -> list[Path]:
     """Write the sampler's shards, licences and ATTRIBUTION.json into `out`."""
-    for old in out.glob("*-*-[0-9][0-9][0-9][0-9].tar"):
-        old.unlink()
     paths = []
     for name, values in SETTINGS.items():
         script = load_script(name)

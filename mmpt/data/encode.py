@@ -94,7 +94,7 @@ def encode_shards(
 def encode(
     shards: list[Path], *, out: Path, tokenizers: Sequence[str] = (), max_side: int = 64
 ) -> dict[str, Any]:
-    """Encode raw shards into token shards in a folder, with the vocabulary they belong to.
+    """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
     be used are listed beside each shard. Pictures are shrunk to `max_side` pixels.
@@ -106,6 +106,7 @@ def encode(
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
     counts = count_codes(path for path in paths if _is_current(path, processor.vocabulary))
     with_used_codes(processor.vocabulary, counts).save(Path(out) / "vocabulary.json")
+    processor.save_settings(out)
     return report.to_json() | {"vocabulary": processor.vocabulary.fingerprint}
 
 

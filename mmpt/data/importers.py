@@ -56,7 +56,10 @@ def require_tools(*names: str) -> None:
 def write_split(
     records: Iterable[Record], out: Path, name: str, *, max_bytes: int = 4 << 20
 ) -> list[Path]:
-    """Write NAME-train-0000.tar, NAME-heldout-0000.tar, ...; the documents are mixed."""
+    """Write NAME-train-0000.tar, NAME-heldout-0000.tar, ...; the documents are mixed.
+
+    Shards of NAME that an earlier call left, when it wrote more of them, are removed at the end.
+    """
     mixed = sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
     paths = []
     for split, heldout in (("train", False), ("heldout", True)):
@@ -65,6 +68,9 @@ def write_split(
             path = out / f"{name}-{split}-{number:04d}.tar"
             write_shard(path, shard)
             paths.append(path)
+    for split in ("train", "heldout"):
+        for stale in set(out.glob(f"{name}-{split}-[0-9][0-9][0-9][0-9].tar")) - set(paths):
+            stale.unlink()
     return paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmpt.config import UserError
-from mmpt.data import sources
+from mmpt.data import sources, tars
 from mmpt.data.shards import Damage, Document, Quarantine, is_heldout, load_document, read_samples
 from mmpt.parts import Audio, Image, Text, Video
 
@@ -82,7 +82,10 @@ def inspect(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, 
 
 
 def verify(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, Any]:
-    """Read raw shards in full and list every damage, bad sample and document of the wrong split."""
+    """Read raw shards in full and list every damage, bad sample and document of the wrong split.
+
+    The exit status is 1 when there is any.
+    """
     bad = Quarantine(quarantine)
     num_documents = 0
     for path in _bar(shards):
@@ -94,6 +97,7 @@ def verify(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, A
                 bad.add(shard=str(path), offset=0, key=document.key, why=why)
     return {
         "ok": bad.count == 0,
+        "exit_status": int(bad.count > 0),
         "shards": len(shards),
         "documents": num_documents,
         "bad_samples": bad.count,
@@ -137,4 +141,7 @@ def _count_parts(document: Document, modalities: dict[str, Counter[str]]) -> Non
 def _bar(shards: Sequence[Path]) -> Iterator[Path]:
     if not shards:
         raise UserError("no shards given; name one or more .tar files")
+    for path in shards:  # before the bar is drawn
+        with tars.open_shard(path):
+            pass
     return iter(tqdm(shards, desc="reading", unit="shard"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from mmpt import hub
 from mmpt.config import UserError
 
 Split = Literal["train", "heldout"]
@@ -27,18 +28,11 @@ class Source:
     shards: tuple[Path, ...]
 
 
-def data_folder() -> Path:
-    """`data/` of the checkout, or the copy inside an installed package."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "data"
-    return checkout if (checkout / "sampler").is_dir() else package / "_shipped" / "data"
-
-
 def list_sources() -> list[Source]:
     """All data sets by name."""
     return [
         read_source(folder.name)
-        for folder in sorted(data_folder().glob("*"))
+        for folder in sorted(hub.shipped("data").glob("*"))
         if (folder / "prepare.py").exists()
     ]
 
@@ -53,7 +47,7 @@ def read_source(name: str) -> Source:
 def shards_of(name: str, split: Split | None = None) -> list[Path]:
     """The shards of a data set that lie in its folder, of one split or of both."""
     pattern = "*.tar" if split is None else f"*-{split}-*.tar"
-    return sorted((data_folder() / name).glob(pattern))
+    return sorted((hub.shipped("data") / name).glob(pattern))
 
 
 def sampler_shards(split: Split | None = None) -> list[Path]:
@@ -61,7 +55,7 @@ def sampler_shards(split: Split | None = None) -> list[Path]:
     shards = shards_of("sampler", split)
     if not shards:
         raise UserError(
-            f"no sampler shards in {data_folder() / 'sampler'}; "
+            f"no sampler shards in {hub.shipped('data') / 'sampler'}; "
             "build them with `mmpt data prepare sampler`"
         )
     return shards
@@ -69,12 +63,12 @@ def sampler_shards(split: Split | None = None) -> list[Path]:
 
 def load_script(name: str) -> ModuleType:
     """The module of `data/NAME/prepare.py`."""
-    path = data_folder() / name / "prepare.py"
+    path = hub.shipped("data") / name / "prepare.py"
     if not path.exists():
-        known = [folder.parent.name for folder in sorted(data_folder().glob("*/prepare.py"))]
+        known = [folder.parent.name for folder in sorted(hub.shipped("data").glob("*/prepare.py"))]
         if not known:
             raise UserError(
-                f"{data_folder()} has no prepare scripts; run this in a checkout of mmpt"
+                f"{hub.shipped('data')} has no prepare scripts; run this in a checkout of mmpt"
             )
         raise UserError(f"no data set {name!r}; choose one of {', '.join(known)}")
     module_name = f"mmpt_prepare_{name}"

@@ -59,7 +59,7 @@ class Member:
 def read_samples(path: str | Path) -> Iterator[Sample | Damage]:
     """Stream the samples of an uncompressed tar, and its damages where they lie."""
     shard = str(path)
-    with _open(path) as file:
+    with open_shard(path) as file:
         if file.read(2) == GZIP:
             yield Damage(shard, 0, "compressed: gunzip it first, shards are read in place")
             return
@@ -184,7 +184,8 @@ def _judge(header: tarfile.TarInfo, offset: int, shard: str) -> Member | Damage:
     return Member(name, offset, offset + BLOCK, header.size)
 
 
-def _open(path: str | Path) -> BinaryIO:
+def open_shard(path: str | Path) -> BinaryIO:
+    """The file of a shard; raises UserError in one line for one that is not there."""
     try:
         return open(path, "rb")
     except OSError as error:

@@ -144,7 +144,7 @@ def denoising_loss(
     return out
 
 
-class Preview(NamedTuple):
+class Pass(NamedTuple):
     """After pass `done` of `total`: the codes so far of each sample, as ids (n,)."""
 
     done: int
@@ -201,7 +201,7 @@ def denoise_passes(
     generators: Sequence[torch.Generator],
     unconditional: Prompts | None = None,
     shift: float = 1.0,
-) -> Iterator[Preview]:
+) -> Iterator[Pass]:
     """`denoise_block` as an iterator over its passes; a video's frames are committed one by one."""
     times = schedule(num_passes, shift)
     block = _block_size(vocabulary, [*prompts, *(unconditional or ())], modality, length)
@@ -223,7 +223,7 @@ def denoise_passes(
             index = torch.where(uniform[:, block:] < (then - now) / (1 - now), guess, index)
             done += 1
             codes = torch.cat([*finished, candidates[index]], dim=1)
-            yield Preview(done, total, list(codes.cpu().numpy()))
+            yield Pass(done, total, list(codes.cpu().numpy()))
         finished.append(candidates[index])
 
 

@@ -9,7 +9,7 @@ Legend: V candidates.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, isfinite, prod
 
 import numpy as np
 import torch
@@ -30,11 +30,14 @@ class Sampling:
     guidance: float = 1.0  # s in u + s (c - u); 1: off, and the unconditional branch is not run
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        # NaN fails every comparison
+        if not (0 <= self.temperature < inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UserError(
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: use "
                 "temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
             )
+        if not isfinite(self.guidance):
+            raise UserError(f"guidance {self.guidance}: use a number; 1 is none")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """float64 (..., V), filtered and normalised, of logits (..., V); -inf is never drawn."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data.layout import to_conditioned_stream, to_stream
@@ -29,6 +30,7 @@ from mmpt.eval.likelihood import (
 )
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows, Stream
+from mmpt.train.adapt import find_model
 from mmpt.vocab import Modality, Vocabulary
 
 LENGTH = 512  # ids of a row; longer pages are cut as in training
@@ -45,11 +47,12 @@ OUTSIDE = -1  # modality of ids that do not count
 def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
     """Held-out likelihood of MODEL by modality, in nats per id, beside baselines.
 
-    `tokens` is a folder of token shards, as mmpt encode writes it; documents are split by their
-    base key. shuffled_minus_right is [low, mean, high], a 95% bootstrap over documents.
+    MODEL is a model folder or a run. `tokens` is a folder of token shards, as mmpt encode writes
+    it; documents are split by their base key. shuffled_minus_right is [low, mean, high], a 95%
+    bootstrap over base keys.
     """
     vocabulary = Vocabulary.load(Path(tokens) / "vocabulary.json")
-    decoder = Decoder.load(model, vocabulary=vocabulary).eval()
+    decoder = Decoder.load(find_model(model), vocabulary=vocabulary).eval()
     shards = open_shards([Path(tokens)], vocabulary)
     documents = [document for shard in shards for document in shard]
     train = [d for d in documents if not is_heldout(d.base)]
@@ -60,7 +63,7 @@ def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
         )
     separator = shards[0].separator
     result = {}
-    for modality in Modality:
+    for modality in tqdm(Modality, desc="evaluate", unit="medium"):
         if any(segment.modality == modality for d in heldout for segment in d.segments):
             result[modality.name.lower()] = evaluate_modality(
                 decoder, vocabulary, modality, train, heldout, separator
@@ -134,8 +137,9 @@ def _shuffled(
     heldout: Sequence[EncodedDocument],
     separator: np.ndarray,
 ) -> dict[str, Any]:
-    right, wrong = [], []
+    right, wrong, bases = [], [], []
     for document, other in _pairs(heldout, modality):
+        bases.append(document.base)
         for out, source in ((right, None), (wrong, other)):
             stream = to_conditioned_stream(
                 document, vocabulary, modality, separator=separator, condition_from=source
@@ -145,7 +149,9 @@ def _shuffled(
         return {"shuffled_nats": None, "conditioned_nats": None, "shuffled_minus_right": None}
     counts = [int(stream.loss_weight.sum()) for stream in right]
     good, bad = (_sums(model, streams, vocabulary) for streams in (right, wrong))
-    interval = paired_interval(bad, good, counts, generator=np.random.default_rng(0))
+    # documents of one idea are not independent: the bootstrap draws ideas
+    by_base = (_by_base(bases, values) for values in (bad, good, counts))
+    interval = paired_interval(*by_base, generator=np.random.default_rng(0))
     return {
         "shuffled_nats": round(sum(bad) / sum(counts), 4),
         "conditioned_nats": round(sum(good) / sum(counts), 4),  # of the same documents
@@ -153,6 +159,13 @@ def _shuffled(
             round(float(v), 4) for v in (interval.low, interval.mean, interval.high)
         ],
     }
+
+
+def _by_base(bases: Sequence[str], values: Sequence[float]) -> list[float]:
+    sums: dict[str, float] = defaultdict(float)
+    for base, value in zip(bases, values, strict=True):
+        sums[base] += value
+    return list(sums.values())
 
 
 def _pairs(

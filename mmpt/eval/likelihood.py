@@ -49,7 +49,7 @@ def unigram(
 ) -> list[np.ndarray]:
     """Nats of each held-out id (N,) under the frequencies of training; 0 at ids of other media."""
     p = _unigram(train, vocabulary, modality)
-    return [_place(s, modality, p[s.ids]) for s in heldout]
+    return [_place(p[s.ids], _content(s, vocabulary, modality)) for s in heldout]
 
 
 def bigram(
@@ -107,7 +107,7 @@ class Interval(NamedTuple):
 def paired_interval(
     worse: Sequence[float],
     better: Sequence[float],
-    num_ids: Sequence[int],
+    num_ids: Sequence[float],
     *,
     generator: np.random.Generator,
     num_draws: int = 2000,
@@ -128,10 +128,26 @@ def paired_interval(
     return Interval(float(difference.sum() / count.sum()), float(low), float(high))
 
 
-def _place(stream: Stream, modality: Modality, p: np.ndarray) -> np.ndarray:
-    # nats at the medium's ids, 0 elsewhere and at the first id, which is given to the model too
-    chosen = (stream.modality == modality) & (np.arange(len(stream)) > 0)
-    nats = np.zeros(len(stream))
+def _content(stream: Stream, vocabulary: Vocabulary, modality: Modality) -> np.ndarray:
+    # bool (N,): the medium's own ids; structure and sizes stand in text, but say nothing of it
+    return (stream.modality == modality) & _possible(vocabulary, modality)[stream.ids]
+
+
+def _possible(vocabulary: Vocabulary, modality: Modality) -> np.ndarray:
+    # bool (vocabulary,): the ids that content of the medium can have
+    possible = np.zeros(len(vocabulary), dtype=bool)
+    if modality == Modality.TEXT:
+        possible[: vocabulary.num_text] = True
+    else:
+        code_range = vocabulary.range_of(modality)
+        possible[code_range.start : code_range.stop] = True
+    return possible
+
+
+def _place(p: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    # nats where `chosen`, 0 elsewhere and at the first id, which is given to the model too
+    chosen = chosen & (np.arange(len(p)) > 0)
+    nats = np.zeros(len(p))
     nats[chosen] = -np.log(p[chosen])
     return nats
 
@@ -140,15 +156,11 @@ def _unigram(train: Iterable[Stream], vocabulary: Vocabulary, modality: Modality
     # float64 (vocabulary,): frequencies of the medium's ids, smoothed towards uniform
     counts = np.zeros(len(vocabulary))
     for stream in train:
-        counts += np.bincount(stream.ids[stream.modality == modality], minlength=len(counts))
+        content = _content(stream, vocabulary, modality)
+        counts += np.bincount(stream.ids[content], minlength=len(counts))
     if not counts.sum():
         raise UserError(f"no {modality.name.lower()} ids to learn a baseline from")
-    possible = np.zeros(len(vocabulary), dtype=bool)
-    if modality == Modality.TEXT:
-        possible |= vocabulary.allowed[modality]
-    else:
-        code_range = vocabulary.range_of(modality)
-        possible[code_range.start : code_range.stop] = True
+    possible = _possible(vocabulary, modality)
     uniform = possible / possible.sum()
     total = np.full_like(counts, counts.sum())
     strength = _best_strength(counts, total, uniform, weight=counts)
@@ -169,7 +181,7 @@ def _smoothed(
     def keys(stream: Stream) -> np.ndarray:
         return (contexts(stream) + 1) * size + stream.ids
 
-    seen = np.concatenate([keys(s)[s.modality == modality] for s in train])
+    seen = np.concatenate([keys(s)[_content(s, vocabulary, modality)] for s in train])
     pair, count = np.unique(seen, return_counts=True)
     context, first = np.unique(pair // size, return_inverse=True)
     total = np.bincount(first, weights=count)
@@ -180,7 +192,7 @@ def _smoothed(
         number = _lookup(pair, count, key)
         of_context = _lookup(context, total, key // size)
         q = (number + strength * p[stream.ids]) / (of_context + strength)
-        out.append(_place(stream, modality, q))
+        out.append(_place(q, _content(stream, vocabulary, modality)))
     return out
 
 

@@ -34,7 +34,8 @@ class Codec(nn.Module, abc.ABC):
     kind: ClassVar[str]
     modality: ClassVar[Modality]
     config_class: ClassVar[type]
-    name: str = ""  # the folder it was loaded from
+    name: str = ""  # of the folder it was loaded from
+    folder: Path | None = None  # None: it was never saved
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -65,6 +66,10 @@ class Codec(nn.Module, abc.ABC):
     @abc.abstractmethod
     def stream(self) -> Any:
         """An object with `push(any size) -> codes` and `flush() -> codes`."""
+
+    def code_latents(self) -> Tensor:
+        """What each code stands for, (codebook_size, width), to initialise embeddings."""
+        raise UserError(f"a {self.kind} codec has no latents")
 
     @property
     def fingerprint(self) -> str:
@@ -129,9 +134,11 @@ class Codec(nn.Module, abc.ABC):
 
 def codec_folder(name_or_path: str | Path) -> Path:
     """The folder of a codec given as a path or as a name of the shipped zoo."""
-    for folder in (Path(name_or_path), hub.shipped("tokenizers") / str(name_or_path)):
-        if (folder / "config.json").is_file():
-            return folder
+    if (Path(name_or_path) / "config.json").is_file():
+        return Path(name_or_path)  # a folder opens where no zoo is, too
+    folder = hub.shipped("tokenizers") / str(name_or_path)
+    if (folder / "config.json").is_file():
+        return folder
     known = ", ".join(codec_names())
     raise UserError(
         f"no tokenizer {str(name_or_path)!r}; give a folder with config.json or one of: {known}"
@@ -159,7 +166,8 @@ def load_codec(name_or_path: str | Path) -> Codec:
         raise UserError(f"{folder}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
     module, class_name = KINDS[kind].split(":")
     codec = getattr(importlib.import_module(module), class_name).load(folder, config)
-    codec.name = folder.resolve().name
+    codec.folder = folder.resolve()
+    codec.name = codec.folder.name
     return codec
 
 

@@ -128,6 +128,9 @@ class ImageCodec(Codec):
         """log2 of the codebook."""
         return math.log2(self.codebook_size)
 
+    def code_latents(self) -> Tensor:
+        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device))
+
     def defining_tensors(self) -> dict[str, Tensor]:
         return tensors_of(self, ("encoder", "to_latents"))
 

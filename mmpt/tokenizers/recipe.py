@@ -73,8 +73,9 @@ def read_parts(patterns: Sequence[str], *, heldout: bool | None = None) -> list[
 
 def _find(patterns: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
+    sampler = hub.shipped("data/sampler") if hub.holds("data/sampler") else None
     for pattern in patterns:
-        found = sorted(hub.shipped("data/sampler").glob(pattern)) if "/" not in pattern else []
+        found = sorted(sampler.glob(pattern)) if sampler and "/" not in pattern else []
         found = found or [Path(path) for path in sorted(glob.glob(pattern))]
         if not found:
             raise UserError(f"no shard matches {pattern!r} here or in data/sampler")

@@ -157,6 +157,9 @@ class SpeechCodec(Codec):
         """Codes a second times log2 of the codebook."""
         return SAMPLE_RATE / SAMPLES_PER_CODE * math.log2(self.codebook_size)
 
+    def code_latents(self) -> Tensor:
+        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device))
+
     def defining_tensors(self) -> dict[str, Tensor]:
         codebook = {"quantizer.codebook": self.quantizer.codebook}
         return tensors_of(self, ("stem", "encoder", "to_latents")) | codebook

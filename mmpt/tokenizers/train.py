@@ -28,9 +28,14 @@ from mmpt.tokenizers.video import VideoCodec
 
 
 def train(recipe: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> dict:
-    """Train the codec of RECIPE into `out` (the recipe's folder by default); resumes by itself."""
+    """Train the codec of RECIPE into OUT (default: build/ and the name of the recipe's folder).
+
+    The same command goes on after an interruption. The resolved recipe is written beside the codec,
+    unless OUT is the recipe's own folder.
+    """
     settings = load_recipe(CodecRecipe, recipe, overrides)
-    out = out or Path(recipe).parent
+    home = Path(recipe).resolve().parent
+    out = out or Path("build") / home.name  # never the shipped codec
     documents = read_parts(settings.shards, heldout=False)
     if settings.kind == "text":
         codec: Codec = TextCodec.train_on(
@@ -42,7 +47,8 @@ def train(recipe: Path, overrides: Sequence[str] = (), *, out: Path | None = Non
     else:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as they were
             codec, seconds = _train_network(settings, documents, out)
-    write_atomic(out / "recipe.toml", to_toml(settings))
+    if out.resolve() != home:
+        write_atomic(out / "recipe.toml", to_toml(settings))
     return {"tokenizer": str(out), "fingerprint": codec.fingerprint, "seconds": round(seconds, 1)}
 
 

@@ -251,8 +251,10 @@ class VideoDecodeStream:
 
 def _image_codecs(folder: Path, name: str) -> dict[str, ImageCodec]:
     """The image codecs that the video codec in `folder` may mean, by fingerprint."""
-    found = {}
-    for place in (folder / OWN_IMAGE, folder.parent / name, hub.shipped("tokenizers") / name):
+    found, places = {}, [folder / OWN_IMAGE, folder.parent / name]
+    if hub.holds("tokenizers"):
+        places.append(hub.shipped("tokenizers") / name)
+    for place in places:
         codec = load_codec(place) if (place / "config.json").is_file() else None
         if isinstance(codec, ImageCodec):
             found.setdefault(codec.fingerprint, codec)

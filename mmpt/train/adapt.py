@@ -16,9 +16,10 @@ from mmpt.config import UserError
 from mmpt.decode.dida import JointRows, corrupt, denoising_loss, joint_forward
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
-from mmpt.train.checkpoint import latest
-from mmpt.train.loop import Metrics, Trainer, TrainResult
+from mmpt.train.checkpoint import begun_with, latest
+from mmpt.train.loop import Trainer, TrainResult, checkpoints_of
 from mmpt.train.loss import Losses, modality_weights
+from mmpt.train.metrics import Metrics
 from mmpt.train.recipe import AdaptRecipe, load_run_recipe
 from mmpt.vocab import Modality, Vocabulary
 
@@ -47,11 +48,15 @@ def adapt(
 
 def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> Trainer:
     """What `adapt` runs."""
-    model = Decoder.load(find_model(recipe.start), vocabulary=vocabulary)
+    vocabulary = begun_with(checkpoints_of(run), vocabulary)
+    start = find_model(recipe.start)
+    model = Decoder.load(start, vocabulary=vocabulary)
     model.add_noisy_groups(seed=recipe.seed)
     model.freeze_for_adaptation()
     objective = Denoise(vocabulary, recipe.loss_weights, max_noisy=recipe.max_noisy)
-    return Trainer(recipe, run, model=model, vocabulary=vocabulary, objective=objective)
+    return Trainer(
+        recipe, run, model=model, vocabulary=vocabulary, objective=objective, start=start
+    )
 
 
 def find_model(folder: str | Path) -> Path:
@@ -59,7 +64,7 @@ def find_model(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "model.safetensors").is_file():
         return folder
-    newest = latest(folder / "checkpoints")
+    newest = latest(checkpoints_of(folder))
     if newest is None:
         raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
     return newest

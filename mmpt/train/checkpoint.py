@@ -2,7 +2,8 @@
 
 It is written under a temporary name, flushed to the disk and renamed. `config.json` and
 `model.safetensors` make it a model folder, which `Decoder.load` reads as it is; beside them stand
-the vocabulary, the optimiser's tensors and `state.json` (loader, counters, checksums of the files).
+the vocabulary, the processor's settings, the optimiser's tensors and `state.json` (loader,
+counters, checksums of the files).
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
+from mmpt.processor import FILE as PROCESSOR_FILE
+from mmpt.processor import ProcessorSettings
 from mmpt.vocab import Vocabulary
 
 FORMAT_VERSION = 1
@@ -33,11 +36,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     vocabulary: Vocabulary,
     state: Mapping[str, Any],
+    processor: ProcessorSettings | None = None,
     keep: int = 2,
 ) -> Path:
     """Write `folder`/step-N and delete all but the last `keep`; returns the new path.
 
-    `state` is JSON: all that a run needs besides tensors to go on as if it had not stopped.
+    `state` is JSON: all that a run needs besides tensors to go on as if it had not stopped. With
+    the settings of its `processor`, a checkpoint is all that generating needs.
     """
     folder = Path(folder)
     path = folder / f"{PREFIX}{step:08d}"
@@ -47,6 +52,8 @@ def save_checkpoint(
         _remove_leftovers(folder)
         model.save(temporary)
         vocabulary.save(temporary / "vocabulary.json")
+        if processor is not None:
+            processor.save(temporary)
         save_file(_flatten(model, optimizer), temporary / "optimizer.safetensors")
         checksums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         data = {"format_version": FORMAT_VERSION, "step": step, "files": checksums, "state": state}
@@ -102,6 +109,28 @@ def latest(folder: str | Path) -> Path | None:
     return next(reversed(list_checkpoints(folder)), None)
 
 
+def begun_with(folder: str | Path, vocabulary: Vocabulary) -> Vocabulary:
+    """The vocabulary of a run's newest checkpoint, or `vocabulary` when it has none.
+
+    The ids are the same in both, but the codes that training data uses may differ: data that was
+    encoded since must not change what a run that goes on learns.
+    """
+    path = latest(folder)
+    if path is None or not (path / "vocabulary.json").is_file():
+        return vocabulary
+    begun = Vocabulary.load(path / "vocabulary.json")
+    vocabulary.check(begun.fingerprint, what=f"the run at {path}")
+    return begun
+
+
+def find_processor(*folders: Path | None) -> ProcessorSettings | None:
+    """The settings in the first of the folders that has any."""
+    for folder in folders:
+        if folder is not None and (folder / PROCESSOR_FILE).is_file():
+            return ProcessorSettings.load(folder)
+    return None
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         data = json.loads((path / "state.json").read_text())
@@ -134,9 +163,8 @@ def _restore(
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(":")
         parameter = parameters[name]
-        if tensor.ndim:
-            tensor = tensor.to(parameter.device)
-        optimizer.state[parameter][key] = tensor
+        # the step too, though it has no dimensions: fused AdamW counts beside the parameter
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -20,18 +20,32 @@ from typing import Any
 
 import torch
 
-from mmpt.config import UserError, write_atomic
+from mmpt.config import UserError
 from mmpt.data.loader import Loader, mix_keys
+from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
-from mmpt.train.checkpoint import latest, load_checkpoint, save_checkpoint
+from mmpt.tokenizers import load as load_codec
+from mmpt.train.checkpoint import (
+    begun_with,
+    find_processor,
+    latest,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mmpt.train.loss import Losses, NextToken, Objective
+from mmpt.train.metrics import (
+    Metrics,
+    by_modality,
+    finite_or_none,
+    forget_after,
+    last_line,
+    summary,
+)
 from mmpt.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import Vocabulary
 
 log = logging.getLogger(__name__)
-
-Metrics = dict[str, Any]
 
 
 @dataclass
@@ -92,14 +106,32 @@ def train(
 
 def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) -> "Trainer":
     """What `train` runs."""
+    vocabulary = begun_with(checkpoints_of(run), vocabulary)
     vocabulary.check(recipe.model.vocabulary, what="the recipe's model")
     model = Decoder.from_config(recipe.model, seed=recipe.seed)
-    objective = NextToken(recipe.loss_weights, z_loss=recipe.z_loss)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for codec in map(load_codec, recipe.codes_from):
+        code_range = vocabulary.range_of(codec.modality)
+        if code_range.fingerprints[codec.modality.name.lower()] != codec.fingerprint:
+            raise UserError(
+                f"codes_from: the vocabulary has no ids of {codec.name} {codec.fingerprint}; "
+                "name the tokenizers that encoded the data"
+            )
+        initialise_codes(model, code_range, codec.code_latents(), generator)
+    objective = NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise)
     return Trainer(recipe, run, model=model, vocabulary=vocabulary, objective=objective)
 
 
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run) / "checkpoints"
+
+
 class Trainer:
-    """A model, its optimiser, its rows, and a run folder to go on from."""
+    """A model, its optimiser, its rows, and a run folder to go on from.
+
+    start: the folder of the model, where it is no fresh one.
+    """
 
     def __init__(
         self,
@@ -109,6 +141,7 @@ class Trainer:
         model: Decoder,
         vocabulary: Vocabulary,
         objective: Objective,
+        start: Path | None = None,
     ) -> None:
         self.recipe, self.folder, self.vocabulary = recipe, Path(run), vocabulary
         self.objective = objective
@@ -117,12 +150,14 @@ class Trainer:
         self.loader = Loader(recipe.data, vocabulary, seed=recipe.seed)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.counters = Counters()
+        encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
+        self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return checkpoints_of(self.folder)
 
     def run(
         self, *, progress: bool = True, on_step: Callable[[Metrics], None] | None = None
@@ -131,14 +166,14 @@ class Trainer:
         recipe, counters = self.recipe, self.counters
         saved = latest(self.checkpoints) if counters.step else None
         path = self.folder / "metrics.jsonl"
-        metrics = _last_line(path)
+        metrics = last_line(path)
         with path.open("a") as sink, StopRequest() as stop, _bar(recipe, counters, progress) as bar:
             while counters.step < recipe.steps and not stop.asked:
                 metrics = self.step()
                 sink.write(json.dumps(metrics) + "\n")
                 sink.flush()
                 bar.update()
-                bar.set_postfix_str(_summary(metrics))
+                bar.set_postfix_str(summary(metrics))
                 if on_step is not None:
                     on_step(metrics)
                 saved = self.save() if counters.step % recipe.checkpoint_every == 0 else None
@@ -178,9 +213,9 @@ class Trainer:
             "step_tokens": num_tokens,
             "step_seconds": round(time.monotonic() - start, 4),
             "lr": rate,
-            "grad_norm": _number(norm),
-            "loss": _number(loss),
-            "modality": _by_modality(losses),
+            "grad_norm": finite_or_none(norm),
+            "loss": finite_or_none(loss),
+            "modality": by_modality(losses),
             "load": loads,
             "bad_steps": counters.bad_steps,
         }
@@ -199,6 +234,7 @@ class Trainer:
             optimizer=self.optimizer,
             vocabulary=self.vocabulary,
             state={"counters": asdict(self.counters), "loader": self.loader.state_dict()},
+            processor=self.processor,
             keep=self.recipe.keep,
         )
 
@@ -209,7 +245,7 @@ class Trainer:
             state = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
             self.counters = Counters(**state["counters"])
             self.loader.load_state_dict(state["loader"])
-        _forget_after(self.folder / "metrics.jsonl", self.counters.step)
+        forget_after(self.folder / "metrics.jsonl", self.counters.step)
 
     def _read(self, generator: torch.Generator) -> tuple[list[Any], int]:
         rows = [next(self.loader) for _ in range(self.recipe.accumulate)]
@@ -285,26 +321,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device = {name!r} cannot be used here: {reason}") from None
 
 
-def _by_modality(losses: list[Losses]) -> dict[str, dict[str, float | int | None]]:
-    if not losses:
-        return {}
-    nats = torch.stack([each.nats for each in losses]).sum(0).tolist()
-    counts = torch.stack([each.counts for each in losses]).sum(0).tolist()
-    return {
-        modality.name.lower(): {
-            "loss": _number(nats[modality] / counts[modality]),
-            "tokens": int(counts[modality]),
-        }
-        for modality in Modality
-        if counts[modality]
-    }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
 def _bar(recipe: RunRecipe, counters: Counters, progress: bool) -> Any:
     from tqdm import tqdm
 
@@ -318,25 +334,3 @@ def _bar(recipe: RunRecipe, counters: Counters, progress: bool) -> Any:
         mininterval=interval,
         dynamic_ncols=True,
     )
-
-
-def _summary(metrics: Metrics) -> str:
-    losses = [
-        f"{name} {values['loss']:.2f}"
-        for name, values in metrics["modality"].items()
-        if values["loss"] is not None
-    ]
-    speed = metrics["step_tokens"] / max(metrics["step_seconds"], 1e-9)
-    return " ".join([*losses, f"{speed:,.0f} tok/s"])
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again; the last may be half a line."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        write_atomic(path, "".join(lines[:step]))  # one line a step, bad ones included
-
-
-def _last_line(path: Path) -> Metrics:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}

@@ -15,7 +15,7 @@ import torch
 
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
-from mmpt.vocab import Modality
+from mmpt.vocab import MEDIA, Modality
 
 CHUNK = 512
 
@@ -57,33 +57,60 @@ class Objective(Protocol):
 
 @dataclass
 class NextBatch:
-    """Rows, and the weight (B, L) of predicting each id: 0 where nothing stands before it."""
+    """Rows, the ids (B, L) that the model is shown, and the weight (B, L) of predicting each id.
+
+    The weight is 0 where nothing stands before an id.
+    """
 
     rows: Rows
+    shown: torch.Tensor
     weight: torch.Tensor
 
     def to(self, device: torch.device | str) -> "NextBatch":
         """The same batch on another device."""
-        return NextBatch(self.rows.to(device), self.weight.to(device))
+        return NextBatch(self.rows.to(device), self.shown.to(device), self.weight.to(device))
 
 
 class NextToken:
-    """The autoregressive objective: each id from those before it in its document."""
+    """The autoregressive objective: each id from those before it in its document.
 
-    def __init__(self, weights: Mapping[str, float] | None = None, *, z_loss: float = 0.0) -> None:
-        self.weights, self.z_loss = modality_weights(weights or {}), z_loss
+    noise: the share of codes that the model is shown as another code of the batch, while it still
+    predicts the true ones. Like unigram noising (arXiv 1703.02573) it keeps a model that sees few
+    codes many times from learning them by heart.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        *,
+        z_loss: float = 0.0,
+        noise: float = 0.0,
+    ) -> None:
+        self.weights, self.z_loss, self.noise = modality_weights(weights or {}), z_loss, noise
 
     def prepare(self, rows: Rows, generator: torch.Generator) -> NextBatch:
-        """`generator` is not used: nothing is random here."""
+        """Draw the noise; rows are on the host."""
         weight = rows.loss_weight * self.weights[rows.modality]
         inside = (rows.position > 0) & (rows.document >= 0)
-        return NextBatch(rows, torch.where(inside, weight, 0.0))
+        return NextBatch(rows, self._shown(rows, generator), torch.where(inside, weight, 0.0))
+
+    def _shown(self, rows: Rows, generator: torch.Generator) -> torch.Tensor:
+        if not self.noise:
+            return rows.ids
+        shown = rows.ids.clone()
+        replaced = torch.rand(shown.shape, generator=generator) < self.noise
+        for modality in MEDIA:
+            codes = rows.ids[rows.modality == modality]
+            chosen = replaced & (rows.modality == modality)
+            picks = torch.randint(max(len(codes), 1), (int(chosen.sum()),), generator=generator)
+            shown[chosen] = codes[picks]
+        return shown
 
     def losses(self, model: Decoder, batch: NextBatch) -> Losses:
         """One forward pass, scored where the weight is above 0."""
         rows = batch.rows
         hidden = model(
-            rows.ids, modality=rows.modality, position=rows.position, document=rows.document
+            batch.shown, modality=rows.modality, position=rows.position, document=rows.document
         )
         scored = batch.weight[:, 1:] > 0
         return score(

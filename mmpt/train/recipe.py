@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,8 +13,9 @@ from mmpt.model.config import ModelConfig
 from mmpt.train.optim import OptimConfig
 from mmpt.vocab import Modality, Vocabulary
 
-# what may change when a run goes on: it moves no weight
-FREE = ("checkpoint_every", "keep", "device", "vocabulary")
+# what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
+# guarded by the loader's fingerprint of the data and by the checkpoint itself
+FREE = ("checkpoint_every", "keep", "device", "vocabulary", "start", "data.sources.*.shards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class TrainRecipe(RunRecipe):
 
     model: ModelConfig
     z_loss: float = 0.0
+    noise: float = 0.0  # share of codes shown as other codes, see `NextToken`
+    codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +97,16 @@ def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
             dict(_flatten(tomllib.loads(t))) for t in (to_toml(recipe), path.read_text())
         )
         for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key) and key.partition(".")[0] not in FREE:
+            if ours.get(key) != theirs.get(key) and not _is_free(key):
                 raise UserError(
                     f"{run} was begun with {key} = {theirs.get(key)}, now it is {ours.get(key)}; "
                     "restore the old value or choose a new --out"
                 )
-    try:
-        write_atomic(path, to_toml(recipe))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    write_atomic(path, to_toml(recipe))
+
+
+def _is_free(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in FREE)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

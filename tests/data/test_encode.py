@@ -6,9 +6,11 @@ import pytest
 
 from mmpt.config import UserError
 from mmpt.data.encode import count_codes, encode_shards, with_used_codes
+from mmpt.data.encode import encode as encode_command
 from mmpt.data.shards import Document, is_heldout, write_shard
 from mmpt.data.tokens import EncodedDocument, TokenShard
 from mmpt.parts import Image, Text
+from mmpt.processor import Processor, ProcessorSettings
 from mmpt.stream import Segment
 from mmpt.vocab import Modality, Vocabulary
 
@@ -170,3 +172,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, processor):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         encode([raw], tmp_path / "file", processor)
+
+
+def test_the_command_leaves_what_opens_its_processor_again(zoo, tmp_path):
+    raw = write_raw(tmp_path / "raw.tar", 2)
+    names = [str(zoo / name) for name in ("text", "image")]
+    encode_command([raw], out=tmp_path / "out", tokenizers=names, max_side=16)
+    processor = Processor.from_folder(tmp_path / "out")
+    assert processor.settings == ProcessorSettings(tuple(names), 16)

@@ -183,3 +183,32 @@ def test_no_text_of_a_page_stands_in_two_passages(page):
     assert len(used) == len(set(used))
     assert used == sorted(used)
     assert all(isinstance(Text(text), Text) and len(text) <= 100 for text in texts)
+
+
+def test_writing_fewer_shards_again_leaves_no_stale_one(tmp_path):
+    def write(number, name="t"):
+        part = {"type": "text", "text": "x"}
+        keys = [f"k{i}" for i in range(number)]
+        records = [Record(key, key, "any", (part,), "t", "MIT") for key in keys]
+        return importers.write_split(records, tmp_path, name, max_bytes=100_000)
+
+    other = write(20, "t-other")
+    first = write(200)
+    (tmp_path / "t-train-mine.tar").write_bytes(b"")
+    again = write(20)
+    assert len(again) < len(first)
+    expected = {path.name for path in (*again, *other)} | {"t-train-mine.tar"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_sampler_that_cannot_be_built_leaves_the_old_one(tmp_path, monkeypatch):
+    sampler = sources.load_script("sampler")
+
+    def fail(out, cache, settings):
+        raise UserError("no network")
+
+    monkeypatch.setattr(emoji, "main", fail)
+    (tmp_path / "emoji-train-0000.tar").write_bytes(b"old")
+    with pytest.raises(UserError, match="no network"):
+        sampler.main(tmp_path, tmp_path)
+    assert (tmp_path / "emoji-train-0000.tar").read_bytes() == b"old"

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 
+from mmpt import hub
 from mmpt.config import UserError
 from mmpt.data import inspect as verbs
 from mmpt.data import sources
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.parts import Audio, Image, Text, Video
 
-SAMPLER = sources.data_folder() / "sampler"
+SAMPLER = hub.shipped("data") / "sampler"
 MAX_BYTES = 14_000_000
 
 
@@ -119,7 +120,7 @@ def test_every_data_set_has_a_script_with_a_licence_and_a_card():
         "stamps",
     }
     for source in found:
-        card = (sources.data_folder() / source.name / "README.md").read_text()
+        card = (hub.shipped("data") / source.name / "README.md").read_text()
         assert source.summary
         assert source.license
         assert f"mmpt data prepare {source.name}" in card
@@ -142,14 +143,23 @@ def test_inspect_counts_what_the_attribution_says():
 
 def test_verify_finds_damage_and_documents_of_the_wrong_split(tmp_path):
     whole = sources.sampler_shards("heldout")[-1]
-    assert verbs.verify([whole])["ok"]
+    good = verbs.verify([whole])
+    assert (good["ok"], good["exit_status"]) == (True, 0)
     wrong = tmp_path / "x-train-0000.tar"
     wrong.write_bytes(whole.read_bytes()[:-20_000])
     result = verbs.verify([wrong])
-    assert not result["ok"]
+    assert (result["ok"], result["exit_status"]) == (False, 1)
     assert result["reasons"]["truncated"] >= 1
     assert result["reasons"]["wrong split"] == result["documents"]
     json.dumps(result)
+
+
+def test_an_absent_shard_is_named_before_any_progress_is_shown(tmp_path, capsys):
+    whole = sources.sampler_shards("heldout")[-1]
+    for verb in (verbs.verify, verbs.inspect):
+        with pytest.raises(UserError, match="cannot read shard"):
+            verb([whole, tmp_path / "absent.tar"])
+        assert capsys.readouterr().err == ""
 
 
 def test_list_names_what_is_here():

@@ -33,7 +33,22 @@ def test_filters_keep_the_best():
     torch.testing.assert_close(cold[0] / cold[1], torch.tensor((0.5 / 0.3) ** 2).double())
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}])
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1},
+        {"temperature": NAN},
+        {"temperature": INF},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": NAN},
+        {"guidance": NAN},
+        {"guidance": INF},
+    ],
+)
 def test_a_senseless_setting_is_refused(values):
     with pytest.raises(UserError):
         Sampling(**values)

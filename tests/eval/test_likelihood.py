@@ -27,7 +27,10 @@ def _media(vocabulary, modality, codes):
 
 
 def _mean(nats, streams, modality):
-    chosen = [n[1:][s.modality[1:] == modality] for n, s in zip(nats, streams, strict=True)]
+    chosen = [
+        n[1:][(s.modality[1:] == modality) & (n[1:] > 0)]  # structure has none
+        for n, s in zip(nats, streams, strict=True)
+    ]
     return float(np.concatenate(chosen).mean())
 
 
@@ -83,6 +86,15 @@ def test_every_baseline_is_a_distribution_and_finite_for_unseen_ids(vocabulary):
     nats = previous_frame(train, heldout, vocabulary)
     total = sum(np.exp(-n[s.spans[0].start + 3]) for n, s in zip(nats, heldout, strict=True))
     assert total == pytest.approx(1)
+
+
+def test_text_baselines_give_all_their_probability_to_text(vocabulary):
+    train = [_text(vocabulary, [1, 2, 1, 2]), _text(vocabulary, [3])]
+    heldout = [_text(vocabulary, [1, code]) for code in range(vocabulary.num_text)]
+    for baseline in (unigram, bigram):
+        nats = baseline(train, heldout, vocabulary, Modality.TEXT)
+        assert sum(np.exp(-n[2]) for n in nats) == pytest.approx(1)
+        assert not any(n[0] or n[3] for n in nats)  # <bod>, <eod>
 
 
 def test_a_bigram_uses_the_id_before(vocabulary):

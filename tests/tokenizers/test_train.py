@@ -338,3 +338,21 @@ def test_shards_may_be_given_by_path_pattern_or_name(
     assert find(str(shards[Image])) == find("Image.tar") == find("./Ima*.tar") == 6
     assert find(str(tmp_path / "*.tar")) == 18
     assert find("handbook-heldout-*.tar") > 0  # of the sampler
+
+
+def test_training_writes_neither_over_a_shipped_codec_nor_over_its_recipe(
+    shards: dict[type, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "tokenizers" / "image-f8"
+    home.mkdir(parents=True)
+    recipe = write_recipe(home, "image", shards[Image])
+    recipe = recipe.rename(home / "recipe.toml")
+    before = recipe.read_text()
+    monkeypatch.chdir(tmp_path)
+    done = train(recipe, [*IMAGE, "steps=1"])
+    assert done["tokenizer"] == "build/image-f8"
+    assert [path.name for path in home.iterdir()] == ["recipe.toml"]
+    assert load_codec("build/image-f8").fingerprint == done["fingerprint"]
+    assert (tmp_path / "build" / "image-f8" / "recipe.toml").is_file()
+    train(recipe, [*IMAGE, "steps=1"], out=home)
+    assert recipe.read_text() == before

@@ -1,14 +1,18 @@
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
 from mmpt.config import UserError
+from mmpt.data.encode import with_used_codes
 from mmpt.model.transformer import Decoder
+from mmpt.processor import ProcessorSettings
 from mmpt.train.adapt import Denoise, adapt, find_model
 from mmpt.train.loop import Trainer, train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 
 @pytest.fixture
@@ -82,3 +86,33 @@ def test_rows_without_media_are_no_bad_step(tmp_path, adapt_recipe, vocabulary):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(UserError, match="no model at"):
         find_model(tmp_path)
+
+
+def test_a_resumed_adaptation_keeps_its_used_codes_and_may_move_its_start(
+    tmp_path, adapt_recipe, trained, vocabulary, tensors_equal
+):
+    def go(name, recipe, vocabulary, **options):
+        folder = tmp_path / name
+        result = adapt(recipe, folder, vocabulary=vocabulary, progress=False, **options)
+        return Decoder.load(result.checkpoint).state_dict(), result.checkpoint
+
+    def stop(metrics):
+        if metrics["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    everything = {m: np.ones(512 if m == Modality.SPEECH else 64) for m in MEDIA}
+    fewer = with_used_codes(
+        vocabulary, {m: n * (np.arange(len(n)) > 2) for m, n in everything.items()}
+    )
+    go("stopped", adapt_recipe, vocabulary, on_step=stop)
+    moved = replace(adapt_recipe, start=str(trained.rename(tmp_path / "moved")))
+    resumed, checkpoint = go("stopped", moved, fewer)
+    assert Vocabulary.load(checkpoint / "vocabulary.json") == vocabulary
+    assert tensors_equal(resumed, go("whole", moved, vocabulary)[0])
+
+
+def test_an_adapted_model_keeps_the_processor_of_its_start(tmp_path, adapt_recipe, vocabulary):
+    settings = ProcessorSettings(("text-2k",), 32)
+    settings.save(find_model(adapt_recipe.start))
+    result = adapt(adapt_recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
+    assert ProcessorSettings.load(result.checkpoint) == settings

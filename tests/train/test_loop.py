@@ -7,6 +7,7 @@ import torch
 
 from mmpt.config import UserError, to_toml
 from mmpt.model.transformer import Decoder
+from mmpt.processor import ProcessorSettings
 from mmpt.train.checkpoint import latest, list_checkpoints
 from mmpt.train.loop import Trainer, pick_device, pretrainer, train, train_command
 from mmpt.train.loss import NextToken
@@ -234,3 +235,39 @@ def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match="cannot be used here") as error:
         pick_device("nonsense")
     assert "\n" not in str(error.value)
+
+
+def test_every_checkpoint_holds_the_settings_of_its_processor(tmp_path, run, another, vocabulary):
+    encoded = tmp_path / "encoded"
+    vocabulary.save(encoded / "vocabulary.json")
+    settings = ProcessorSettings(("text-2k",), 32)
+    settings.save(encoded)
+    recipe = another(vocabulary=str(encoded / "vocabulary.json"))
+    result = run(tmp_path / "run", recipe, on_step=stop_at(3))
+    assert ProcessorSettings.load(result.checkpoint) == settings
+    ProcessorSettings(("image-f8",), 64).save(encoded)  # encoded again while the run stood still
+    assert ProcessorSettings.load(run(tmp_path / "run", recipe).checkpoint) == settings
+
+
+def test_a_run_goes_on_where_its_data_was_moved(tmp_path, run, recipe, another):
+    run(tmp_path / "run", on_step=stop_at(2))
+    [(name, source)] = recipe.data.sources.items()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.tokens.tar").rename(tmp_path / "moved" / "a.tokens.tar")
+    moved = replace(source, shards=(str(tmp_path / "moved" / "*.tokens.tar"),))
+    assert run(tmp_path / "run", another(data=replace(recipe.data, sources={name: moved}))).finished
+    heavier = replace(recipe.data, sources={name: replace(moved, weight=2.0)})
+    with pytest.raises(UserError, match=r"data\.sources\.a\.weight"):
+        run(tmp_path / "run", another(data=heavier))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, run, another):
+    recipe = another(device="cuda")
+    run(tmp_path / "stopped", recipe, on_step=stop_at(5))
+    assert run(tmp_path / "stopped", recipe).finished
+    run(tmp_path / "whole", recipe)
+    ours, theirs = (weights(tmp_path / name) for name in ("stopped", "whole"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=name)
