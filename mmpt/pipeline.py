@@ -8,7 +8,7 @@
 it again. Each sample has its own generator, so a batch gives what its singles give.
 """
 
-import json
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpt.config import UserError, write_atomic
+from mmpt.config import UserError
 from mmpt.data.layout import MAX_SPEECH_SPAN, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.dida import denoise_passes
@@ -30,7 +30,9 @@ from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.image import FACTOR
 from mmpt.tokenizers.speech import SAMPLE_RATE, SAMPLES_PER_CODE
 from mmpt.tokenizers.video import GROUP
-from mmpt.vocab import MEDIA, Modality, Vocabulary
+from mmpt.train.adapt import find_model
+from mmpt.train.loop import pick_device
+from mmpt.vocab import MEDIA, Modality
 
 CODES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_CODE  # of speech
 
@@ -75,18 +77,12 @@ class Pipeline:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "Pipeline":
-        """Open a model folder: model.safetensors, config.json, vocabulary.json, processor.json."""
-        folder = Path(folder)
-        try:
-            settings = json.loads((folder / "processor.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder} is no model folder (processor.json: {error})") from None
-        vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        processor = Processor.load(
-            settings["tokenizers"], vocabulary=vocabulary, max_side=settings["max_side"]
-        )
-        model = Decoder.load(folder, vocabulary=vocabulary).to(device)
-        return cls(model, processor, fingerprint=settings.get("model_fingerprint", ""))
+        """Open a model folder or a run: the model, its vocabulary and its tokenizers."""
+        folder = find_model(folder)
+        processor = Processor.from_folder(folder)
+        model = Decoder.load(folder, vocabulary=processor.vocabulary).to(pick_device(device))
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        return cls(model, processor, fingerprint=digest[:16])
 
     def __call__(
         self,
@@ -366,15 +362,11 @@ class Pipeline:
         return Result(parts, seed, settings, self.fingerprint, vocabulary, ids)
 
 
-def save_model(
-    model: Decoder, processor: Processor, folder: str | Path, tokenizers: Sequence[str]
-) -> None:
+def save_model(model: Decoder, processor: Processor, folder: str | Path) -> None:
     """Write a model folder that `Pipeline.load` opens."""
-    folder = Path(folder)
     model.save(folder)
-    processor.vocabulary.save(folder / "vocabulary.json")
-    settings = {"tokenizers": list(tokenizers), "max_side": processor.max_side}
-    write_atomic(folder / "processor.json", json.dumps(settings, indent=1) + "\n")
+    processor.vocabulary.save(Path(folder) / "vocabulary.json")
+    processor.save_settings(folder)
 
 
 def generate(

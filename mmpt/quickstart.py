@@ -47,7 +47,7 @@ class Stopped(Exception):
     """A stage was asked to stop; what it did is on disk."""
 
 
-def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 7.0, seed: int = 0) -> dict:
+def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 8.0, seed: int = 0) -> dict:
     """Run the main job on the sampler: encode, pretrain, adapt, evaluate, generate, report.
 
     Ctrl-C stops cleanly; the same command goes on. `minutes` is the time to train for, from which
@@ -164,7 +164,7 @@ class Job:
         self._finish(done, "clean ids")
         model = Decoder.load(done.checkpoint, vocabulary=self.vocabulary)
         processor = Processor.load(vocabulary=self.vocabulary)
-        save_model(model, processor, self.model, DEFAULT_TOKENIZERS)
+        save_model(model, processor, self.model)
 
     def _finish(self, done: TrainResult, unit: str) -> None:
         if not done.finished:
@@ -182,6 +182,7 @@ class Job:
     def generate(self, shards: list[Path]) -> list[Gallery]:
         """Every direction, from held-out documents."""
         pipeline = mmpt.load(str(self.model))
+        self.fingerprint = pipeline.fingerprint
         shown = Showcase(pipeline, _documents(shards), seed=self.seed)
         galleries = shown.galleries()
         self.current["detail"] = (
@@ -214,7 +215,11 @@ class Job:
                 data=self.state["data"],
                 environment=doctor(),
                 galleries=galleries,
-                provenance={"seed": self.seed, "vocabulary": self.vocabulary.fingerprint},
+                provenance={
+                    "seed": self.seed,
+                    "model": self.fingerprint,
+                    "vocabulary": self.vocabulary.fingerprint,
+                },
             ),
         )
 

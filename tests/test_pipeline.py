@@ -10,7 +10,7 @@ from mmpt.config import UserError
 from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
 from mmpt.parts import Audio, Image, Text, Video
-from mmpt.pipeline import Pipeline
+from mmpt.pipeline import Pipeline, generate, save_model
 from mmpt.processor import Processor
 from mmpt.results import PartDone, Preview, Result, TextDelta
 from mmpt.tokenizers.base import Codec
@@ -38,7 +38,8 @@ def pipeline(
     )
     model = Decoder.from_config(config)
     model.add_noisy_groups()
-    return Pipeline(model, processor)
+    save_model(model, processor, folder / "model")
+    return Pipeline.load(folder / "model")
 
 
 SMALL = {"height": 16, "width": 16, "frames": 5, "max_ids": 12, "max_seconds": 0.5, "num_passes": 2}
@@ -94,7 +95,9 @@ def test_events_lead_to_the_result(pipeline: Pipeline) -> None:
     [part] = result
     assert isinstance(part, Text)
     assert "".join(d.text for d in deltas if isinstance(d, TextDelta)) == part.text
-    assert result.provenance()["seed"] == 0
+    provenance = result.provenance()
+    assert provenance["seed"] == 0
+    assert len(provenance["model"]) == len(provenance["vocabulary"]) == 16
 
 
 def test_a_clip_is_continued_from_its_first_frames(pipeline: Pipeline) -> None:
@@ -147,3 +150,10 @@ def test_a_model_that_was_never_adapted_says_so(pipeline: Pipeline) -> None:
     )
     with pytest.raises(UserError, match="never adapted"):
         Pipeline(model, pipeline.processor)("a", to="image", decoder="dida", **SMALL)
+
+
+def test_long_words_are_no_file_and_a_missing_out_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model"):
+        generate(tmp_path, ["a" * 5000], to="text")
+    with pytest.raises(UserError, match="--out"):
+        generate(tmp_path, ["a"], to="image")
