@@ -47,7 +47,7 @@ class Stopped(Exception):
     """A stage was asked to stop; what it did is on disk."""
 
 
-def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 8.0, seed: int = 0) -> dict:
+def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 7.0, seed: int = 0) -> dict:
     """Run the main job on the sampler: encode, pretrain, adapt, evaluate, generate, report.
 
     Ctrl-C stops cleanly; the same command goes on. `minutes` is the time to train for, from which
