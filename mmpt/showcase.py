@@ -9,6 +9,7 @@ from mmpt.data.shards import Document
 from mmpt.eval.report import Gallery
 from mmpt.parts import Audio, Image, Part, Text, Video
 from mmpt.pipeline import Pipeline
+from mmpt.results import Medium
 
 
 class Showcase:
@@ -33,72 +34,70 @@ class Showcase:
         return [gallery for gallery in made if gallery.rows]
 
     def text_to_image(self) -> Gallery:
-        """Labels of held-out emoji as pictures, both decoders."""
-        chosen = self._with(Image, 8)
-        labels = [_first(d, Text).text for d in chosen]
-        made = {
-            decoder: self._batch(labels, "image", decoder=decoder, guidance=2.0)
-            for decoder in ("ar", "dida")
-        }
-        rows: list[list[Any]] = [
-            [label, ar, dida, self._codes(_first(d, Image)), _first(d, Image)]
-            for d, label, ar, dida in zip(chosen, labels, made["ar"], made["dida"], strict=True)
-        ]
-        return Gallery(
+        """Labels of held-out emoji as pictures."""
+        return self._from_text(
+            Image,
+            "image",
+            count=8,
             title="Text to image",
             text="Labels of pictures that the model never saw. One id at a time (64 passes), and "
             "all 64 codes in parallel (8 passes); then the original through the codec.",
-            columns=("label", "one id at a time", "in parallel", "codec", "original"),
-            rows=rows,
-        )
-
-    def image_to_text(self) -> Gallery:
-        """Held-out pictures named."""
-        chosen = self._with(Image, 6)
-        pictures = [_first(d, Image) for d in chosen]
-        written = self._batch(pictures, "text", max_ids=24, temperature=0.7)
-        rows: list[list[Any]] = [
-            [picture, text, _first(d, Text)]
-            for d, picture, text in zip(chosen, pictures, written, strict=True)
-        ]
-        return Gallery(
-            title="Image to text",
-            text="Held-out pictures, what the model writes, and what people call them.",
-            columns=("picture", "model", "label"),
-            rows=rows,
+            guidance=2.0,
         )
 
     def text_to_speech(self) -> Gallery:
         """Held-out texts spoken."""
-        chosen = self._with(Audio, 4)
-        texts = [_first(d, Text).text for d in chosen]
-        made = {d: self._batch(texts, "speech", decoder=d) for d in ("ar", "dida")}
-        rows: list[list[Any]] = [
-            [text, ar, dida, self._codes(_first(d, Audio)), _first(d, Audio)]
-            for d, text, ar, dida in zip(chosen, texts, made["ar"], made["dida"], strict=True)
-        ]
-        return Gallery(
+        return self._from_text(
+            Audio,
+            "speech",
+            count=4,
             title="Text to speech",
             text="Held-out texts. 12.5 codes a second, in spans of at most 26 codes.",
-            columns=("text", "one id at a time", "in parallel", "codec", "original"),
-            rows=rows,
+        )
+
+    def image_to_text(self) -> Gallery:
+        """Held-out pictures named."""
+        return self._to_text(
+            Image,
+            count=6,
+            title="Image to text",
+            text="Held-out pictures, what the model writes, and what people call them.",
+            columns=("picture", "model", "label"),
         )
 
     def speech_to_text(self) -> Gallery:
         """Held-out speech transcribed."""
-        chosen = self._with(Audio, 4)
-        sounds = [_first(d, Audio) for d in chosen]
-        written = self._batch(sounds, "text", max_ids=24, temperature=0.7)
-        rows: list[list[Any]] = [
-            [sound, text, _first(d, Text)]
-            for d, sound, text in zip(chosen, sounds, written, strict=True)
-        ]
-        return Gallery(
+        return self._to_text(
+            Audio,
+            count=4,
             title="Speech to text",
             text="Held-out recordings, what the model writes, and what was said.",
             columns=("speech", "model", "transcript"),
-            rows=rows,
         )
+
+    def _from_text(
+        self, kind: type, to: Medium, *, count: int, title: str, text: str, **settings: Any
+    ) -> Gallery:
+        """The texts of held-out documents as media, by both decoders, beside codec and original."""
+        chosen = self._with(kind, count)
+        texts = [_first(d, Text).text for d in chosen]
+        ar, dida = (self._batch(texts, to, decoder=d, **settings) for d in ("ar", "dida"))
+        originals = [_first(d, kind) for d in chosen]
+        decoded = [self._codes(original) for original in originals]
+        columns = ("text", "one id at a time", "in parallel", "codec", "original")
+        rows = [list(row) for row in zip(texts, ar, dida, decoded, originals, strict=True)]
+        return Gallery(title=title, text=text, columns=columns, rows=rows)
+
+    def _to_text(
+        self, kind: type, *, count: int, title: str, text: str, columns: tuple[str, ...]
+    ) -> Gallery:
+        """Held-out media in words, beside what people wrote."""
+        chosen = self._with(kind, count)
+        media = [_first(d, kind) for d in chosen]
+        written = self._batch(media, "text", max_ids=24, temperature=0.7)
+        labels = [_first(d, Text) for d in chosen]
+        rows = [list(row) for row in zip(media, written, labels, strict=True)]
+        return Gallery(title=title, text=text, columns=columns, rows=rows)
 
     def next_frames(self) -> Gallery:
         """Held-out clips continued from their first nine frames."""
@@ -151,7 +150,7 @@ class Showcase:
         processor = self.pipeline.processor
         return processor.decode_segments(processor.encode_parts([part]))[0]
 
-    def _batch(self, prompts: list[Any], to: Any, **settings: Any) -> list[Part]:
+    def _batch(self, prompts: list[Any], to: Medium, **settings: Any) -> list[Part]:
         if not prompts:
             return []
         began = time.monotonic()
@@ -160,7 +159,7 @@ class Showcase:
         self._count(len(done), to, settings, began)
         return [result[0] for result in done]
 
-    def _one(self, prompt: Part, to: Any, number: int, **settings: Any) -> Part:
+    def _one(self, prompt: Part, to: Medium, number: int, **settings: Any) -> Part:
         began = time.monotonic()
         [part] = self.pipeline(prompt, to=to, seed=self.seed + number, **settings)
         self._count(1, to, settings, began)
