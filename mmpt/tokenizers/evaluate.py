@@ -264,7 +264,7 @@ def _speech(
     all_codes = []
     for wave, mel in _mels(heldout):
         codes = codec.encode(wave[None])
-        latents = codec.quantizer.lookup(codes[..., 0])
+        latents = codec.quantizer.lookup(codes)
         padded = F.pad(latents, (0, 0, 0, -latents.shape[1] % codec.config.block))
         made = codec.decode_mel(padded)[0, : len(mel)]
         points = rearrange(mel, stacked, f=FRAMES_PER_CODE)

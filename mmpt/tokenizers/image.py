@@ -129,19 +129,19 @@ class ImageCodec(Codec):
         return math.log2(self.codebook_size)
 
     def code_latents(self) -> Tensor:
-        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device))
+        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device)[:, None])
 
     def defining_tensors(self) -> dict[str, Tensor]:
         return tensors_of(self, ("encoder", "to_latents"))
 
     def quantize(self, features: Tensor) -> Quantized:
-        """features (B, C, h, w) -> latents (B, D, h, w) and codes (B, h, w)."""
+        """features (B, C, h, w) -> latents (B, D, h, w) and codes (B, h, w, 1)."""
         out = self.quantizer(rearrange(self.to_latents(features), "b d h w -> b h w d"))
         out.latents = rearrange(out.latents, "b h w d -> b d h w")
         return out
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """The latents (B, D, h, w) of codes (B, h, w)."""
+        """The latents (B, D, h, w) of codes (B, h, w, 1)."""
         return rearrange(self.quantizer.lookup(codes), "b h w d -> b d h w")
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:
@@ -165,12 +165,12 @@ class ImageCodec(Codec):
         """One picture (1, 3, H, W) -> codes (1, h, w, 1): the only path to image codes."""
         with torch.autocast(self.device.type, enabled=False):
             features = self.encoder(pixels.to(self.device, torch.float32))
-            return self.quantize(features).codes[..., None]
+            return self.quantize(features).codes
 
     def decode_unit(self, codes: Tensor) -> Tensor:
         """Codes (1, h, w, 1) -> one picture (1, 3, H, W)."""
         with torch.autocast(self.device.type, enabled=False):
-            pixels = self.decoder(self.from_latents(self.lookup(codes[..., 0])))
+            pixels = self.decoder(self.from_latents(self.lookup(codes)))
             return pixels.clamp(-1, 1)
 
     def stream(self) -> "ImageStream":

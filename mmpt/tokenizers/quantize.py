@@ -1,11 +1,12 @@
 """Quantisers: latents -> codes and back, behind one protocol, always in fp32.
 
-Legend: N vectors, D latent width, K codebook size.
+Legend: N vectors, D latent width, K codebook size, Q codebooks.
 """
 
+import abc
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +14,69 @@ from torch import Tensor, nn
 from mmpt.config import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """Which quantiser, and its size.
+
+    levels: of fsq, whose codebook is their product. codebook_size and width: of all others
+    (lfq and bsq have width log2(codebook_size)). num_codebooks above 1 makes it residual.
+    """
+
+    kind: Literal["fsq", "ema"] = "fsq"
+    levels: tuple[int, ...] = ()
+    codebook_size: int = 0
+    width: int = 0
+    num_codebooks: int = 1
+
+
 @dataclass
 class Quantized:
-    """latents: float (..., D), straight-through; codes: int64 (...); loss: a scalar to train on."""
+    """What a quantiser makes of latents.
+
+    latents: float (..., D), straight-through; codes: int64 (..., Q); loss: a scalar to train on;
+    parts: its terms by name, for the log.
+    """
 
     latents: Tensor
     codes: Tensor
     loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Quantizer(Protocol):
-    """What a codec needs from a quantiser."""
+class Quantizer(nn.Module, abc.ABC):
+    """What a codec needs: `codebook_size` codes in each of `num_codebooks`, latents of `width`."""
 
     codebook_size: int
     width: int
+    num_codebooks: int = 1
 
-    def __call__(self, latents: Tensor) -> Quantized:
-        """Quantise (..., width)."""
-        ...
+    @abc.abstractmethod
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantise float (..., D)."""
 
+    @abc.abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """The quantised latents (..., width) of codes (...)."""
-        ...
+        """The quantised latents float (..., D) of codes int64 (..., Q)."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a codebook yet; `initialise` makes one."""
+        return True
+
+    def initialise(self, latents: Tensor, generator: torch.Generator) -> None:
+        """Make a first codebook from latents (N, D), N >= K; most quantisers need none."""
 
 
-class FSQ(nn.Module):
+def build_quantizer(config: QuantizerConfig) -> Quantizer:
+    """The quantiser that a config describes. Raises UserError in one line."""
+    if config.num_codebooks != 1:
+        raise UserError(f"num_codebooks = {config.num_codebooks}; only 1 so far")
+    if config.kind == "fsq":
+        return FSQ(config.levels)
+    return EMAVectorQuantizer(config.codebook_size, config.width)
+
+
+class FSQ(Quantizer):
     """Finite scalar quantisation (arXiv 2309.15505): round each bounded dimension to its levels.
 
     No codebook, no loss, no state, so nothing can collapse. levels: at least 2 each.
@@ -68,20 +107,20 @@ class FSQ(nn.Module):
         # straight-through: the gradient skips the rounding (eq. 3)
         passed = bounded + (rounded - bounded).detach()
         digits = rounded.detach() + self._levels.div(2, rounding_mode="floor")
-        codes = (digits.round().long() * self._basis).sum(-1)
+        codes = (digits.round().long() * self._basis).sum(-1, keepdim=True)
         return Quantized(self._scale(passed), codes, latents.new_zeros((), dtype=torch.float32))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Quantised latents (..., D) in [-1, 1] of codes (...)."""
+        """Quantised latents (..., D) in [-1, 1]."""
         levels = self._levels.long()
-        digits = (codes[..., None] // self._basis) % levels
+        digits = (codes // self._basis) % levels
         return self._scale((digits - levels // 2).float())
 
     def _scale(self, rounded: Tensor) -> Tensor:
         return rounded / self._levels.div(2, rounding_mode="floor")
 
 
-class EMAVectorQuantizer(nn.Module):
+class EMAVectorQuantizer(Quantizer):
     """Nearest neighbour on the unit sphere; moving averages learn the codebook (1711.00937, A.1).
 
     Low-dimensional, l2-normalised codes (arXiv 2110.04627) keep the codebook in use; a code whose
@@ -111,17 +150,22 @@ class EMAVectorQuantizer(nn.Module):
         unit = nn.functional.normalize(latents.float(), dim=-1)
         flat = unit.reshape(-1, self.width)
         codes = (flat.detach() @ self.codebook.T).argmax(-1)
-        if not self.initialised:
-            return Quantized(unit, codes.reshape(latents.shape[:-1]), unit.new_zeros(()))
+        shaped = codes.reshape(*latents.shape[:-1], 1)
+        if not self.ready:
+            return Quantized(unit, shaped, unit.new_zeros(()))
         nearest = self.codebook[codes].reshape(unit.shape)
         if self.training:
             self._update(flat.detach(), codes)
         loss = (unit - nearest).square().sum(-1).mean()
-        return Quantized(unit + (nearest - unit).detach(), codes.reshape(latents.shape[:-1]), loss)
+        return Quantized(unit + (nearest - unit).detach(), shaped, loss, {"commitment": loss})
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Unit vectors (..., D) of codes (...)."""
-        return self.codebook[codes]
+        """Unit vectors (..., D)."""
+        return self.codebook[codes[..., 0]]
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.initialised)
 
     @torch.no_grad()
     def initialise(

@@ -158,7 +158,7 @@ class SpeechCodec(Codec):
         return SAMPLE_RATE / SAMPLES_PER_CODE * math.log2(self.codebook_size)
 
     def code_latents(self) -> Tensor:
-        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device))
+        return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device)[:, None])
 
     def defining_tensors(self) -> dict[str, Tensor]:
         codebook = {"quantizer.codebook": self.quantizer.codebook}
@@ -288,7 +288,7 @@ class SpeechStream:
             if not self._begun:  # before the first sample there is no frame, not a silent one
                 mel[:, : codec.config.context * FRAMES_PER_CODE] = 0
                 self._begun = True
-            return codec.quantizer(codec._encode_windows(mel)).codes[0, :, None]
+            return codec.quantizer(codec._encode_windows(mel)).codes[0]
 
     def _empty(self) -> Tensor:
         return torch.zeros((0, 1), dtype=torch.int64, device=self.codec.device)
@@ -335,7 +335,7 @@ class SpeechDecodeStream:
     def _unit(self, codes: Tensor, count: int) -> Tensor:
         codec = self.codec
         with torch.autocast(codec.device.type, enabled=False):
-            latents = codec.quantizer.lookup(codes[:, 0])[None]
+            latents = codec.quantizer.lookup(codes)[None]
             past = torch.zeros_like(latents) if self._past is None else self._past
             self._past = latents
             mel = codec._decode_windows(torch.cat([past[:, -codec.config.context :], latents], 1))

@@ -209,14 +209,14 @@ class VideoStream:
         self._waiting = []
         if self._state is None:
             codes = codec.image.encode_unit(frames)
-            self._state = codec.temporal.start(codec.image.lookup(codes[..., 0]))
+            self._state = codec.temporal.start(codec.image.lookup(codes))
             return codes
         with torch.autocast(codec.device.type, enabled=False):
             features = codec.image.encoder(frames)[None]
             raw = codec.temporal.latents(features, self._state)
             codes = codec.image.quantizer(rearrange(raw, "b d h w -> b h w d")).codes
             self._state, _ = codec.temporal.step(codec.image.lookup(codes), self._state)
-        return codes[..., None]
+        return codes
 
 
 class VideoDecodeStream:
@@ -236,11 +236,11 @@ class VideoDecodeStream:
             codes = codec.check_codes(codes, 4)
         for unit in codes[:, None]:
             if self._state is None:
-                self._state = codec.temporal.start(codec.image.lookup(unit[..., 0]))
+                self._state = codec.temporal.start(codec.image.lookup(unit))
                 frames.append(codec.image.decode_unit(unit))
                 continue
             with torch.autocast(codec.device.type, enabled=False):
-                latents = codec.image.lookup(unit[..., 0])
+                latents = codec.image.lookup(unit)
                 self._state, inputs = codec.temporal.step(latents, self._state)
                 frames.append(codec.image.decoder(inputs[0]).clamp(-1, 1))
         return torch.cat(frames)

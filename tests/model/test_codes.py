@@ -22,7 +22,7 @@ def model() -> Decoder:
 def test_codes_that_decode_alike_begin_alike(model: Decoder) -> None:
     fsq = FSQ((8, 8, 8))
     before = model.embedding.clone()
-    latents = fsq.lookup(torch.arange(512))
+    latents = fsq.lookup(torch.arange(512)[:, None])
     initialise_codes(model, CodeRange("visual", 100, 512, {}), latents, torch.Generator())
     after = model.embedding
     assert torch.equal(after[:100], before[:100])

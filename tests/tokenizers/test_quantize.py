@@ -23,7 +23,7 @@ def test_fsq_codes_are_legal_and_invert(levels: tuple[int, ...], scale: float) -
 @pytest.mark.parametrize("levels", [(8, 8, 8), (7, 5, 5), (3,), (2, 27)])
 def test_every_fsq_code_is_its_own_nearest(levels: tuple[int, ...]) -> None:
     fsq = FSQ(levels)
-    codes = torch.arange(fsq.codebook_size)
+    codes = torch.arange(fsq.codebook_size)[:, None]
     assert len(fsq.lookup(codes).unique(dim=0)) == fsq.codebook_size
 
 

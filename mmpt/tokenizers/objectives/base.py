@@ -1,0 +1,60 @@
+"""How a batch is drawn and what the loss is: the part that all media share.
+
+A batch is a pure function of the generator that is handed in, so that a resumed training equals an
+uninterrupted one. Media that an objective cannot use are counted and reported.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpt.config import UserError
+from mmpt.tokenizers.base import Codec
+
+log = logging.getLogger(__name__)
+
+PICTURE = (64, 64, 3)  # what pictures and frames are trained on
+
+
+class Objective(ABC):
+    """What a codec learns: draws batches and computes losses."""
+
+    codec: Codec
+    infeasible: int = 0  # targets that no codes could spell, so far
+
+    @abstractmethod
+    def batch(self, generator: np.random.Generator, size: int) -> dict[str, Tensor]:
+        """Draw a training batch."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss and what to log."""
+
+    def trained(self) -> torch.nn.Module:
+        """The module whose parameters are trained and averaged."""
+        return self.codec
+
+
+def usable(arrays: Sequence[np.ndarray], shape: tuple[int, ...], need: str) -> list[np.ndarray]:
+    """Those whose last sides are `shape`; the rest is counted. Raises UserError when none is."""
+    kept = [array for array in arrays if array.shape[-3:] == shape and len(array)]
+    if not kept:
+        raise UserError(f"the shards hold no {need} to train on; name others")
+    if len(kept) < len(arrays):
+        log.warning("%d are left out: only %s are used", len(arrays) - len(kept), need)
+    return kept
+
+
+def augment(clip: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Shift (edges repeated) and mirror all frames (t, h, w, 3) alike."""
+    across, down = generator.integers(-7, 8, size=2)
+    if generator.random() < 0.25:
+        across = down = 0
+    padded = np.pad(clip, ((0, 0), (7, 7), (7, 7), (0, 0)), "edge")
+    height, width = clip.shape[1:3]
+    clip = padded[:, 7 + down : 7 + down + height, 7 + across : 7 + across + width]
+    return clip[:, :, ::-1] if generator.random() < 0.5 else clip
