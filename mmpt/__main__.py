@@ -81,6 +81,11 @@ VERBS = {
         "held-out likelihood of a model by modality, beside baselines",
         "runs/quickstart/model --tokens runs/quickstart/tokens",
     ),
+    "bench": (
+        "mmpt.bench:bench",
+        "measure a part side by side with others",
+        "codecs --json",
+    ),
     "generate": (
         "mmpt.pipeline:generate",
         "generate parts from parts",
@@ -112,7 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = vars(parser.parse_intermixed_args(rest))
         as_json = options.pop("json")
         result = _call(verb, options)
-        print(json.dumps(result) if as_json else _render(result))
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+            print(json.dumps(result) if as_json else _render(result))
         return int(result.get("exit_status", 0)) if isinstance(result, dict) else 0
     except UserError as error:
         if debug:
@@ -215,8 +221,8 @@ def _call(verb: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 
 def _render(result: Any, indent: str = "") -> str:
-    """Nested dicts and lists as indented lines, for people."""
-    if not isinstance(result, dict):
+    """Nested dicts and lists as indented lines; a result of another kind says itself what it is."""
+    if type(result) is not dict:
         return str(result)
     lines = []
     for key, value in result.items():

@@ -17,24 +17,20 @@ import numpy as np
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.layout import MAX_SPEECH_SPAN, write_segments
+from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.dida import denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.model.transformer import Decoder
 from mmpt.parts import Part, Text, Video, load_part
+from mmpt.process import pick_device
 from mmpt.processor import Processor
 from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
-from mmpt.tokenizers.image import FACTOR
-from mmpt.tokenizers.speech import SAMPLE_RATE, SAMPLES_PER_CODE
 from mmpt.tokenizers.video import GROUP
 from mmpt.train.adapt import find_model
-from mmpt.train.loop import pick_device
 from mmpt.vocab import MEDIA, Modality
-
-CODES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_CODE  # of speech
 
 
 class TextWriter:
@@ -194,10 +190,12 @@ class Pipeline:
         codec = self.processor.media.get(modality)
         if codec is None:
             raise UserError(f"this model has no {modality.name.lower()} tokenizer")
-        sides = (settings.height // FACTOR, settings.width // FACTOR)
-        if settings.height % FACTOR or settings.width % FACTOR:
+        factor = codec.factor
+        # the last side counts ids: a cell has one of each codebook
+        sides = (settings.height // factor, settings.width // factor * codec.num_codebooks)
+        if settings.height % factor or settings.width % factor:
             raise UserError(
-                f"{settings.height} x {settings.width} pixels; use multiples of {FACTOR}"
+                f"{settings.height} x {settings.width} pixels; use multiples of {factor}"
             )
         if modality == Modality.IMAGE:
             return sides
@@ -217,8 +215,7 @@ class Pipeline:
         settings: Settings,
     ) -> Iterator[list[Event]]:
         vocabulary = self.processor.vocabulary
-        start = vocabulary.range_of(modality).start
-        before = given.reshape(-1) + start
+        before = vocabulary.ids_of(modality, given.reshape(-1))
         options = {
             "modality": modality,
             "length": int(np.prod(shape)) - len(before),
@@ -235,9 +232,9 @@ class Pipeline:
                 self.model, vocabulary, prompts, num_passes=settings.num_passes, **options
             ):
                 codes = preview.codes
-                shown = self._finished(modality, shape, before, codes, start)
+                shown = self._finished(modality, shape, before, codes)
                 yield [Preview(part, preview.done, preview.total) for part in shown]
-        parts = self._finished(modality, shape, before, codes, start)
+        parts = self._finished(modality, shape, before, codes)
         yield [PartDone(part) for part in parts]
         yield [
             self._result([part], seed, settings, np.concatenate([prompt, ids]))
@@ -250,12 +247,12 @@ class Pipeline:
         shape: tuple[int, ...],
         before: np.ndarray,
         ids: list[np.ndarray],
-        start: int,
     ) -> list[Part]:
         # a video that is not finished shows the latent frames that it has
         per_frame, parts = int(np.prod(shape[-2:])), []
         for row in ids:
-            codes = np.concatenate([before, row]) - start
+            codes = self.processor.vocabulary.codes_of(modality, np.concatenate([before, row]))
+            assert codes is not None  # decoders draw legal ids
             grid = (len(codes) // per_frame, *shape[-2:])[-len(shape) :]
             parts += self.processor.decode_segments([Segment(modality, codes.reshape(grid))])
         return parts
@@ -309,7 +306,7 @@ class Pipeline:
                 self.model,
                 self.processor.vocabulary,
                 builder.build().ids,
-                max_codes=max(1, round(settings.max_seconds * CODES_PER_SECOND)),
+                max_codes=max(1, round(settings.max_seconds * self._speech_rate())),
                 num_passes=settings.num_passes if settings.decoder == "dida" else None,
                 sampling=_sampling(settings),
                 generator=generator,
@@ -324,6 +321,11 @@ class Pipeline:
         yield [PartDone(result.parts[0]) for result in results]
         yield list(results)
 
+    def _speech_rate(self) -> float:
+        """Codes a second, of all codebooks."""
+        codec: Any = self.processor.media[Modality.SPEECH]
+        return codec.sample_rate / codec.samples_per_code * codec.num_codebooks
+
     @torch.inference_mode()
     def _continue(self, segments: list[Segment], seed: int, settings: Settings) -> Iterator[Event]:
         """Let the model decide what comes: text and media, until it ends the document."""
@@ -336,7 +338,9 @@ class Pipeline:
             for modality in (Modality.IMAGE, Modality.VIDEO)
             if vocabulary.has(modality)
         }
-        shapes[Modality.SPEECH] = [(length,) for length in range(1, MAX_SPEECH_SPAN + 1)]
+        if vocabulary.has(Modality.SPEECH):
+            most = speech_span(vocabulary)
+            shapes[Modality.SPEECH] = [(length,) for length in range(1, most + 1)]
         writer, ids = TextWriter(self.processor), []
         for step in generate_steps(
             self.model,

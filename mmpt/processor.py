@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 from mmpt import hub
@@ -20,8 +21,7 @@ from mmpt.parts import Audio, Image, Part, Text, Video
 from mmpt.stream import Segment
 from mmpt.tokenizers import load as load_codec
 from mmpt.tokenizers.base import Codec
-from mmpt.tokenizers.image import FACTOR, ImageCodec, from_pixels, to_pixels
-from mmpt.tokenizers.speech import SpeechCodec
+from mmpt.tokenizers.image import ImageCodec, from_pixels, to_pixels
 from mmpt.tokenizers.text import TextCodec, text_ids
 from mmpt.tokenizers.video import VideoCodec
 from mmpt.vocab import Modality, Vocabulary
@@ -78,8 +78,9 @@ class Processor:
     max_side: int = 64
 
     def __post_init__(self) -> None:
-        if self.max_side < FACTOR:
-            raise UserError(f"max_side = {self.max_side} pixels; use {FACTOR} or more")
+        least = max([codec.factor for codec in self.media.values()], default=1)
+        if self.max_side < least:
+            raise UserError(f"max_side = {self.max_side} pixels; use {least} or more")
 
     @classmethod
     def load(
@@ -149,33 +150,46 @@ class Processor:
         if isinstance(part, Text):
             return Segment(Modality.TEXT, text_ids(self.text, part.text))
         if isinstance(part, Image):
-            pixels = fit_pixels(to_pixels(part.pixels[None]), self.max_side)
-            codes = self._codec(Modality.IMAGE).encode(pixels)
-            return Segment(Modality.IMAGE, codes[0, :, :, 0].cpu().numpy())
+            codec = self._codec(Modality.IMAGE)
+            pixels = to_pixels(part.pixels[None])
+            codes = codec.encode(fit_pixels(pixels, self.max_side, factor=codec.factor))
+            return Segment(Modality.IMAGE, flatten(codes[0]))
         if isinstance(part, Video):
+            codec = self._codec(Modality.VIDEO)
+            side, factor = self.max_side, codec.factor
             chunks = np.split(part.frames, range(CHUNK, len(part.frames), CHUNK))
-            pixels = torch.cat([fit_pixels(to_pixels(c), self.max_side) for c in chunks])
-            codes = self._codec(Modality.VIDEO).encode(pixels[None])
-            return Segment(Modality.VIDEO, codes[0, ..., 0].cpu().numpy())
+            pixels = [fit_pixels(to_pixels(chunk), side, factor=factor) for chunk in chunks]
+            codes = codec.encode(torch.cat(pixels)[None])
+            return Segment(Modality.VIDEO, flatten(codes[0]))
         if isinstance(part, Audio):
             codec = self._codec(Modality.SPEECH)
-            assert isinstance(codec, SpeechCodec)
             wave = torch.from_numpy(part.resample(codec.sample_rate).wave)
-            return Segment(Modality.SPEECH, codec.encode(wave[None])[0, :, 0].cpu().numpy())
+            return Segment(Modality.SPEECH, flatten(codec.encode(wave[None])[0]))
         raise UserError(f"{type(part).__name__} is no Text, Image, Video or Audio")
 
     def _decode(self, segment: Segment) -> Part:
-        codes = torch.from_numpy(np.ascontiguousarray(segment.codes))
         if segment.modality == Modality.TEXT:
-            return Text(self.text.decode(codes[:, None]))
+            return Text(self.text.decode(unflatten(segment.codes, 1)))
         codec = self._codec(segment.modality)
-        if isinstance(codec, ImageCodec):
-            return Image(from_pixels(codec.decode(codes[None, ..., None]))[0])
-        if isinstance(codec, VideoCodec):
-            return Video(from_pixels(codec.decode(codes[None, ..., None])[0]), FPS)
-        assert isinstance(codec, SpeechCodec)
-        wave = codec.decode(codes[None, :, None])[0].cpu().numpy()
-        return Audio(wave, codec.sample_rate)
+        [made] = codec.decode(unflatten(segment.codes, codec.num_codebooks)[None])
+        if segment.modality == Modality.IMAGE:
+            return Image(from_pixels(made[None])[0])
+        if segment.modality == Modality.VIDEO:
+            return Video(from_pixels(made), FPS)
+        return Audio(made.cpu().numpy(), codec.sample_rate)
+
+
+def flatten(codes: torch.Tensor) -> np.ndarray:
+    """Codes (..., n, Q) of one medium, frame by frame: (..., n Q), one a position."""
+    return rearrange(codes, "... n q -> ... (n q)").cpu().numpy()
+
+
+def unflatten(codes: np.ndarray, num_codebooks: int) -> torch.Tensor:
+    """The inverse of `flatten`: (..., n, Q). Raises UserError for what is no whole frames."""
+    if codes.shape[-1] % num_codebooks:
+        raise UserError(f"{codes.shape[-1]} codes are no whole frames of {num_codebooks}")
+    whole = torch.from_numpy(np.ascontiguousarray(codes))
+    return rearrange(whole, "... (n q) -> ... n q", q=num_codebooks)
 
 
 def merge_speech(segments: Sequence[Segment]) -> list[Segment]:
@@ -190,11 +204,11 @@ def merge_speech(segments: Sequence[Segment]) -> list[Segment]:
     return merged
 
 
-def fit_pixels(pixels: torch.Tensor, max_side: int) -> torch.Tensor:
-    """Shrink (n, 3, H, W) to a longer side of at most `max_side`; sides become multiples of 8."""
+def fit_pixels(pixels: torch.Tensor, max_side: int, *, factor: int = 8) -> torch.Tensor:
+    """Shrink (n, 3, H, W) to a longer side of at most `max_side`; `factor` divides the sides."""
     height, width = pixels.shape[-2:]
     scale = min(1.0, max_side / max(height, width))
-    size = [max(FACTOR, round(side * scale / FACTOR) * FACTOR) for side in (height, width)]
+    size = [max(factor, round(side * scale / factor) * factor) for side in (height, width)]
     if size == [height, width]:
         return pixels
     made = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
@@ -227,9 +241,12 @@ def _build_vocabulary(text: TextCodec, media: Mapping[Modality, Codec]) -> Vocab
                     f"{video.name} extends image tokenizer {video.config.image_fingerprint}, "
                     f"but {image.name} is {image.fingerprint}; use the pair that belongs together"
                 )
-            codebooks[0][2].update(made_by)
+            for _, _, fingerprints, _ in codebooks:
+                fingerprints.update(made_by)
         else:
-            codebooks.append((name, codec.codebook_size, made_by, None))
+            count = codec.num_codebooks
+            names = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
+            codebooks += [(book, codec.codebook_size, dict(made_by), None) for book in names]
     return Vocabulary.build(
         num_text=text.codebook_size, text_fingerprint=text.fingerprint, codebooks=codebooks
     )

@@ -19,7 +19,7 @@ from mmpt.vocab import BEGIN, END, NUM_GRID_SIZES, Modality, Vocabulary
 
 
 class Span(NamedTuple):
-    """A run of codes of one medium: `ids[start : start + length]`, row-major over its grid.
+    """A run of codes of one medium: `ids[start : start + length]`, row-major over its grid of ids.
 
     The header (begin id and sizes) stands right before `start`, the end id right after.
     """
@@ -74,16 +74,16 @@ class StreamBuilder:
     def media(
         self, modality: Modality, codes: np.ndarray, *, weight: float = 1.0
     ) -> "StreamBuilder":
-        """Append a whole span: codes int (h, w), (t, h, w) or (length,) by medium."""
+        """Append a whole span: codes int (h, w), (t, h, w) or (length,) by medium.
+
+        Q codebooks are flattened into the last side, which counts ids: (h, w Q) or (frames Q,).
+        """
         codes = np.asarray(codes, dtype=np.int64)
-        code_range = self.vocabulary.range_of(modality)
-        if codes.size and not 0 <= codes.min() <= codes.max() < code_range.size:
-            name = modality.name.lower()
-            raise UserError(f"{name} codes must be in [0, {code_range.size})")
+        ids = self.vocabulary.ids_of(modality, codes)
         self.header(modality, codes.shape, weight=weight)
         grid = (1,) * (3 - codes.ndim) + codes.shape
         self._spans.append(Span(self._length, codes.size, modality, grid))  # type: ignore[arg-type] # 3 sides by construction
-        self._append(codes.reshape(-1) + code_range.start, modality, weight)
+        self._append(ids.reshape(-1), modality, weight)
         return self.structure(END[modality], weight=weight)
 
     def header(
@@ -119,7 +119,10 @@ class StreamBuilder:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed stream: text codes (n,), or a medium's local codes in their grid."""
+    """A piece of a parsed stream: text codes (n,), or a medium's local codes in their grid.
+
+    The codes of Q codebooks are flattened into the last side, frame by frame.
+    """
 
     modality: Modality
     codes: np.ndarray
@@ -161,14 +164,16 @@ def _parse_span(
     shape = [vocabulary.size_of(int(token)) for token in ids[begin + 1 : first]]
     if len(shape) < NUM_GRID_SIZES[modality] or None in shape:
         raise UserError(f"the {modality.name.lower()} span at position {begin} has no valid size")
-    last = first + int(np.prod(np.array(shape)))
-    code_range = vocabulary.range_of(modality)
-    codes = ids[first:last] - code_range.start
-    if last >= len(ids) or ids[last] != end_id or codes.min() < 0 or codes.max() >= code_range.size:
+    sides = [side or 0 for side in shape]
+    last, codes = first + int(np.prod(sides)), None
+    whole_frames = sides[-1] % vocabulary.num_codebooks(modality) == 0
+    if last < len(ids) and ids[last] == end_id and whole_frames:
+        codes = vocabulary.codes_of(modality, ids[first:last].reshape(sides))
+    if codes is None:
         raise UserError(
             f"the {modality.name.lower()} span at position {begin} is cut off or malformed"
         )
-    return Segment(modality, codes.reshape([side or 0 for side in shape])), last + 1
+    return Segment(modality, codes), last + 1
 
 
 SPAN_COLUMNS = ("row", "start", "length", "modality", "frames", "height", "width")

@@ -4,6 +4,9 @@ A vocabulary is built from codec fingerprints and saved as JSON. Shards and chec
 fingerprint; what was made with another vocabulary is refused. Image and video of one codec share
 one range. Structure ids are never produced from user text, because the text codec's ids end where
 they begin.
+
+A codec with Q codebooks has Q ranges, in their order, and its codes (..., n, Q) are flattened frame
+by frame into a grid (..., n Q): one id a position, and position i is of codebook i mod Q.
 """
 
 import hashlib
@@ -18,7 +21,7 @@ import numpy as np
 
 from mmpt.config import UserError, write_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knows one codebook a medium, and is still written where that is enough
 NUM_SIZES = 1024
 STRUCTURE = (
     "<pad>",  # fills a row; weight 0, attended by nobody
@@ -114,12 +117,52 @@ class Vocabulary:
         size = token - self.num_text - NUM_STRUCTURE + 1
         return size if 1 <= size <= NUM_SIZES else None
 
+    def ranges_of(self, modality: Modality) -> tuple[CodeRange, ...]:
+        """The code ranges of a medium, one a codebook; UserError when this vocabulary has none."""
+        name = modality.name.lower()
+        ranges = tuple(r for r in self.ranges if name in r.fingerprints)
+        if not ranges:
+            raise UserError(f"this vocabulary has no {name} codec")
+        return ranges
+
     def range_of(self, modality: Modality) -> CodeRange:
-        """The code range of a medium; raises UserError when this vocabulary has none."""
-        for code_range in self.ranges:
-            if modality.name.lower() in code_range.fingerprints:
-                return code_range
-        raise UserError(f"this vocabulary has no {modality.name.lower()} codec")
+        """The code range of a medium that has one codebook; raises UserError for any other."""
+        first, *others = self.ranges_of(modality)
+        if others:
+            raise UserError(
+                f"{modality.name.lower()} has {1 + len(others)} codebooks; one range is not enough"
+            )
+        return first
+
+    def num_codebooks(self, modality: Modality) -> int:
+        """How many ids one frame, or one cell of a grid, takes."""
+        return len(self.ranges_of(modality))
+
+    def ids_of(self, modality: Modality, codes: np.ndarray) -> np.ndarray:
+        """The ids of local codes, int64 (..., n Q) flattened by frames; UserError for others."""
+        starts, sizes = self._books(modality, codes.shape)
+        bad = (codes < 0) | (codes >= sizes)
+        if bad.any():
+            size = sizes.reshape(-1)[bad.argmax()]
+            raise UserError(f"{modality.name.lower()} codes must be in [0, {size})")
+        return codes + starts
+
+    def codes_of(self, modality: Modality, ids: np.ndarray) -> np.ndarray | None:
+        """The inverse of `ids_of`; None when an id is not of the codebook of its position."""
+        starts, sizes = self._books(modality, ids.shape)
+        codes = ids - starts
+        return None if ((codes < 0) | (codes >= sizes)).any() else codes
+
+    def _books(self, modality: Modality, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        # the start and the size of the range of every position, both int64 `shape`
+        ranges = self.ranges_of(modality)
+        if shape[-1] % len(ranges):
+            raise UserError(
+                f"{shape[-1]} {modality.name.lower()} codes are no whole frames of {len(ranges)}"
+            )
+        book = np.arange(int(np.prod(shape))).reshape(shape) % len(ranges)
+        starts, sizes = np.array([(r.start, r.size) for r in ranges]).T
+        return starts[book], sizes[book]
 
     def has(self, modality: Modality) -> bool:
         """Whether ids of this medium exist here."""
@@ -130,7 +173,7 @@ class Vocabulary:
         """The fingerprint of the codec that makes the ids of a medium."""
         if modality == Modality.TEXT:
             return self.text_fingerprint
-        return self.range_of(modality).fingerprints[modality.name.lower()]
+        return self.ranges_of(modality)[0].fingerprints[modality.name.lower()]
 
     @cached_property
     def allowed(self) -> dict[Modality, np.ndarray]:
@@ -144,11 +187,27 @@ class Vocabulary:
             if modality == Modality.TEXT:
                 mask[: self.num_text + len(self.structure)] = True
                 mask[self.num_text + NUM_STRUCTURE :][:NUM_SIZES] = True
-            elif self.has(modality):
-                code_range = self.range_of(modality)
+            else:
+                for book in self._allowed_books[modality]:
+                    mask |= book
+            masks[modality] = mask
+        return masks
+
+    def allowed_at(self, modality: Modality, place: int) -> np.ndarray:
+        """bool (len(self),): the ids that may stand at position `place` of a span of codes."""
+        books = self._allowed_books[modality]
+        return books[place % len(books)]
+
+    @cached_property
+    def _allowed_books(self) -> dict[Modality, list[np.ndarray]]:
+        # per medium and codebook
+        masks: dict[Modality, list[np.ndarray]] = {modality: [] for modality in MEDIA}
+        for modality in filter(self.has, MEDIA):
+            for code_range in self.ranges_of(modality):
+                mask = np.zeros(len(self), dtype=bool)
                 codes = slice(None) if code_range.used is None else list(code_range.used)
                 mask[code_range.start : code_range.stop][codes] = True
-            masks[modality] = mask
+                masks[modality].append(mask)
         return masks
 
     @cached_property
@@ -200,8 +259,9 @@ class Vocabulary:
         return vocabulary
 
     def _to_json(self) -> dict:
+        media = [name for code_range in self.ranges for name in code_range.fingerprints]
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if len(set(media)) == len(media) else 2,
             "num_text": self.num_text,
             "text_fingerprint": self.text_fingerprint,
             "structure": list(self.structure),

@@ -13,6 +13,7 @@ from mmpt.processor import Processor
 from mmpt.stream import Segment
 from mmpt.tokenizers.base import Codec, load_codec
 from mmpt.tokenizers.image import ImageCodec, ImageCodecConfig
+from mmpt.tokenizers.quantize import QuantizerConfig
 from mmpt.tokenizers.speech import SpeechCodec, SpeechCodecConfig
 from mmpt.tokenizers.text import TextCodec
 from mmpt.tokenizers.video import VideoCodec, VideoCodecConfig
@@ -116,7 +117,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         image = ImageCodec(ImageCodecConfig(encoder_width=16, decoder_width=16, decoder_blocks=1))
         speech = SpeechCodec(
-            SpeechCodecConfig(codebook_size=64, width=32, num_layers=1, num_heads=2)
+            SpeechCodecConfig(
+                quantizer=QuantizerConfig(kind="ema", codebook_size=64, width=16),
+                width=32,
+                num_layers=1,
+                num_heads=2,
+            )
         )
         _randomise(image)
         _randomise(speech)

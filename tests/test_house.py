@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 # imports point one way: a module imports from its own rank and from lower ones
 RANKS = (
-    ("config", "vocab", "hub", "media", "sound", "parts", "stream", "doctor", "results"),
+    ("config", "vocab", "hub", "media", "sound", "parts", "stream", "doctor", "results", "process"),
     ("tokenizers", "data", "processor"),
     ("model",),
     ("decode", "train"),

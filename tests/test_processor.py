@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from mmpt.config import UserError
 from mmpt.parts import Audio, Image, Part, Text, Video
-from mmpt.processor import Processor, ProcessorSettings, fit_pixels, merge_speech
+from mmpt.processor import (
+    Processor,
+    ProcessorSettings,
+    fit_pixels,
+    flatten,
+    merge_speech,
+    unflatten,
+)
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.image import ImageCodec, from_pixels, to_pixels
 from mmpt.vocab import Modality, Vocabulary
@@ -286,3 +293,19 @@ def test_a_codec_that_was_never_saved_has_no_settings(zoo: Path) -> None:
     loaded.text.folder = None
     with pytest.raises(UserError, match="never saved"):
         _ = loaded.settings
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    count=st.integers(1, 8),
+)
+def test_codes_of_several_codebooks_are_laid_out_frame_by_frame(
+    shape: list[int], count: int
+) -> None:
+    codes = torch.arange(int(np.prod(shape)) * count).reshape(*shape, count)
+    flat = flatten(codes)
+    assert flat.shape == (*shape[:-1], shape[-1] * count)
+    assert flat.reshape(-1).tolist() == list(range(codes.numel()))  # id i is of codebook i mod Q
+    assert torch.equal(unflatten(flat, count), codes)
+    with pytest.raises(UserError, match=f"no whole frames of {count + 1}"):
+        unflatten(np.zeros(count), count + 1)

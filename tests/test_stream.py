@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpt.config import UserError
+from mmpt.data.layout import speech_span, write_segments
 from mmpt.stream import SPAN_COLUMNS, Rows, Segment, Span, Stream, StreamBuilder, parse
 from mmpt.vocab import MEDIA, NUM_GRID_SIZES, Modality, Vocabulary
 
@@ -232,3 +233,56 @@ def test_rows_move_with_their_span_table_on_the_host() -> None:
 
 def test_the_header_of_a_span_counts_its_sizes() -> None:
     assert [Span(9, 1, m, (1, 1, 1)).num_header for m in MEDIA] == [3, 4, 2]
+
+
+def several(count: int) -> Vocabulary:
+    """Speech, and pictures, of `count` codebooks."""
+    books = [
+        (f"{name}-{index}", 16, {name: name}, None)
+        for name in ("image", "speech")
+        for index in range(count)
+    ]
+    return Vocabulary.build(num_text=300, text_fingerprint="text", codebooks=books)
+
+
+@given(count=st.integers(1, 8), frames=st.integers(1, 12), seed=st.integers(0, 99))
+def test_spans_of_several_codebooks_hold_an_id_a_code_and_come_back(
+    count: int, frames: int, seed: int
+) -> None:
+    vocabulary, rng = several(count), np.random.default_rng(seed)
+    speech = Segment(Modality.SPEECH, rng.integers(0, 16, frames * count))
+    image = Segment(Modality.IMAGE, rng.integers(0, 16, (2, frames * count)))
+    builder = StreamBuilder(vocabulary).text([1, 2]).media(*speech).media(*image).text([3])
+    stream = builder.build()
+    assert [span.length for span in stream.spans] == [frames * count, 2 * frames * count]
+    assert [span.grid[-1] for span in stream.spans] == [frames * count] * 2
+    _, heard, seen, _ = parse(stream.ids, vocabulary)
+    assert np.array_equal(heard.codes, speech.codes)
+    assert np.array_equal(seen.codes, image.codes)
+
+
+def test_a_span_with_codebooks_out_of_their_places_does_not_parse() -> None:
+    vocabulary = several(2)
+    ids = StreamBuilder(vocabulary).media(Modality.SPEECH, np.array([1, 2, 3, 4])).build().ids
+    swapped = ids.copy()
+    swapped[[2, 3]] = ids[[3, 2]]
+    part = np.concatenate([ids[:1], [vocabulary.size_id(3)], ids[2:5], ids[-1:]])
+    for broken in (swapped, part):
+        with pytest.raises(UserError, match="cut off or malformed"):
+            list(parse(broken, vocabulary))
+    with pytest.raises(UserError, match="3 speech codes are no whole frames of 2"):
+        StreamBuilder(vocabulary).media(Modality.SPEECH, np.array([1, 2, 3]))
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 26), (8, 208), (50, 1000)])
+def test_speech_is_cut_into_blocks_of_whole_frames(count: int, most: int) -> None:
+    vocabulary = several(count)
+    assert speech_span(vocabulary) == most
+    codes = np.random.default_rng(0).integers(0, 16, 60 * count)
+    builder = StreamBuilder(vocabulary)
+    write_segments(builder, [Segment(Modality.SPEECH, codes)], np.array([10]))
+    stream = builder.build()
+    assert all(span.length % count == 0 and span.length <= most for span in stream.spans)
+    assert len(stream.spans) == -(-60 * count // most)
+    read = [segment.codes for segment in parse(stream.ids, vocabulary)]
+    assert np.array_equal(np.concatenate(read), codes)

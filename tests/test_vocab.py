@@ -170,3 +170,95 @@ def test_a_newer_an_edited_and_a_broken_file_are_refused_in_one_line(
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot read vocabulary"):
         Vocabulary.load(tmp_path / "absent.json")
+
+
+def several(count: int = 3, size: int = 8, **changes: object) -> Vocabulary:
+    """Speech of `count` codebooks behind one visual codebook."""
+    books = [(f"speech-{index}", size, {"speech": "s"}, None) for index in range(count)]
+    given = {"num_text": 300, "text_fingerprint": "t", **changes}
+    codebooks = [("visual", 5, {"image": "i", "video": "v"}, None), *books]
+    return Vocabulary.build(**(given | {"codebooks": codebooks}))  # type: ignore[arg-type] # plain values
+
+
+def test_one_codebook_a_medium_is_written_as_it_always_was(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.build(
+        num_text=300,
+        text_fingerprint="text-1",
+        codebooks=[
+            ("visual", 64, {"image": "image-1", "video": "video-1"}, [0, 3]),
+            ("speech", 512, {"speech": "speech-1"}, None),
+        ],
+    )
+    vocabulary.save(tmp_path / "vocabulary.json")
+    made_by = {"image": "image-1", "video": "video-1"}
+    visual = {"name": "visual", "start": 1356, "size": 64, "fingerprints": made_by, "used": [0, 3]}
+    speech = {"name": "speech", "start": 1420, "size": 512, "fingerprints": {"speech": "speech-1"}}
+    assert json.loads((tmp_path / "vocabulary.json").read_text()) == {
+        "format_version": 1,
+        "num_text": 300,
+        "text_fingerprint": "text-1",
+        "structure": list(STRUCTURE),
+        "ranges": [visual, speech | {"used": None}],
+        "fingerprint": "4dca958ef9e02591",
+    }
+
+
+def test_several_codebooks_have_a_range_each_in_their_order(tmp_path: Path) -> None:
+    vocabulary = several()
+    ranges = vocabulary.ranges_of(Modality.SPEECH)
+    assert [r.name for r in ranges] == ["speech-0", "speech-1", "speech-2"]
+    assert [r.start for r in ranges] == [ranges[0].start + 8 * index for index in range(3)]
+    assert vocabulary.num_codebooks(Modality.SPEECH) == 3
+    assert vocabulary.num_codebooks(Modality.IMAGE) == 1
+    assert vocabulary.ranges_of(Modality.IMAGE) == (vocabulary.range_of(Modality.IMAGE),)
+    assert vocabulary.fingerprint_of(Modality.SPEECH) == "s"
+    with pytest.raises(UserError, match="speech has 3 codebooks"):
+        vocabulary.range_of(Modality.SPEECH)
+    with pytest.raises(UserError, match="no speech codec"):
+        Vocabulary.build(num_text=300, text_fingerprint="t", codebooks=[]).ranges_of(
+            Modality.SPEECH
+        )
+    assert len({several(count).fingerprint for count in (1, 2, 3)}) == 3
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert json.loads((tmp_path / "vocabulary.json").read_text())["format_version"] == 2
+    assert Vocabulary.load(tmp_path / "vocabulary.json") == vocabulary
+
+
+@given(frames=st.integers(0, 9), count=st.integers(1, 5), seed=st.integers(0, 99))
+def test_codes_of_several_codebooks_become_ids_of_their_own_and_come_back(
+    frames: int, count: int, seed: int
+) -> None:
+    vocabulary = several(count)
+    codes = np.random.default_rng(seed).integers(0, 8, (2, frames * count))
+    ids = vocabulary.ids_of(Modality.SPEECH, codes)
+    for place in range(frames * count):
+        code_range = vocabulary.ranges_of(Modality.SPEECH)[place % count]
+        assert np.array_equal(ids[:, place] - code_range.start, codes[:, place])
+    back = vocabulary.codes_of(Modality.SPEECH, ids)
+    assert back is not None
+    assert np.array_equal(back, codes)
+
+
+def test_codes_and_ids_of_another_codebook_are_refused() -> None:
+    vocabulary = several(2)
+    for bad in ([0, 8], [-1, 0]):
+        with pytest.raises(UserError, match=r"speech codes must be in \[0, 8\)"):
+            vocabulary.ids_of(Modality.SPEECH, np.array(bad))
+    for call in (vocabulary.ids_of, vocabulary.codes_of):
+        with pytest.raises(UserError, match="3 speech codes are no whole frames of 2"):
+            call(Modality.SPEECH, np.zeros(3, dtype=np.int64))
+    ids = vocabulary.ids_of(Modality.SPEECH, np.array([1, 2]))
+    assert vocabulary.codes_of(Modality.SPEECH, ids[::-1]) is None
+
+
+def test_only_the_codebook_of_a_position_is_allowed_there() -> None:
+    vocabulary = several(3)
+    ranges = vocabulary.ranges_of(Modality.SPEECH)
+    for place in range(7):
+        mask = vocabulary.allowed_at(Modality.SPEECH, place)
+        here = ranges[place % 3]
+        assert np.flatnonzero(mask).tolist() == list(range(here.start, here.stop))
+    every = np.flatnonzero(vocabulary.allowed[Modality.SPEECH])
+    assert every.tolist() == list(range(ranges[0].start, ranges[-1].stop))
+    one = vocabulary.allowed[Modality.IMAGE]
+    assert np.array_equal(vocabulary.allowed_at(Modality.IMAGE, 4), one)

@@ -20,7 +20,7 @@ from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard
 from mmpt.parts import Part
 from mmpt.stream import Segment
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 
 class PartEncoder(Protocol):
@@ -104,16 +104,18 @@ def encode(
     processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
     report = encode_shards(shards, out, processor)
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
-    counts = count_codes(path for path in paths if _is_current(path, processor.vocabulary))
-    with_used_codes(processor.vocabulary, counts).save(Path(out) / "vocabulary.json")
+    vocabulary = processor.vocabulary
+    current = [path for path in paths if _is_current(path, vocabulary)]
+    counts = count_codes(current, vocabulary)
+    with_used_codes(vocabulary, counts).save(Path(out) / "vocabulary.json")
     processor.save_settings(out)
-    return report.to_json() | {"vocabulary": processor.vocabulary.fingerprint}
+    return report.to_json() | {"vocabulary": vocabulary.fingerprint}
 
 
-def count_codes(paths: Iterable[str | Path]) -> dict[Modality, np.ndarray]:
-    """How often each code occurs in the documents that are not held out: int64 (codec size,).
+def count_codes(paths: Iterable[str | Path], vocabulary: Vocabulary) -> dict[Modality, np.ndarray]:
+    """How often each code occurs in the documents that are not held out.
 
-    By medium; media that do not occur are left out.
+    By medium int64 (codebooks, codec size); media that do not occur are left out.
     """
     totals: dict[Modality, np.ndarray] = {}
     for shard in map(TokenShard, paths):
@@ -122,17 +124,21 @@ def count_codes(paths: Iterable[str | Path]) -> dict[Modality, np.ndarray]:
                 continue
             for modality, codes in document.segments:
                 size = shard.sizes[modality.name.lower()]
-                counts = totals.setdefault(modality, np.zeros(size, dtype=np.int64))
-                np.add.at(counts, codes.reshape(-1), 1)
+                num_books = 1 if modality == Modality.TEXT else vocabulary.num_codebooks(modality)
+                shape = (num_books, size)
+                counts = totals.setdefault(modality, np.zeros(shape, dtype=np.int64))
+                np.add.at(counts, (np.arange(codes.size) % num_books, codes.reshape(-1)), 1)
     return totals
 
 
 def with_used_codes(vocabulary: Vocabulary, counts: Mapping[Modality, np.ndarray]) -> Vocabulary:
     """The same vocabulary (and fingerprint), which knows which codes occur in training data."""
-    by_name = {modality.name.lower(): count for modality, count in counts.items()}
+    by_name = {m.name.lower(): np.atleast_2d(count) for m, count in counts.items()}
+    books = {m.name.lower(): vocabulary.ranges_of(m) for m in MEDIA if vocabulary.has(m)}
     ranges = []
     for code_range in vocabulary.ranges:
-        seen = [by_name[name] for name in code_range.fingerprints if name in by_name]
+        names = [name for name in code_range.fingerprints if name in by_name]
+        seen = [by_name[name][books[name].index(code_range)] for name in names]
         used = tuple(np.flatnonzero(sum(seen)).tolist()) if seen else None
         ranges.append(replace(code_range, used=used))
     return replace(vocabulary, ranges=tuple(ranges))

@@ -9,9 +9,9 @@ import numpy as np
 
 from mmpt.data.tokens import EncodedDocument
 from mmpt.stream import Segment, Stream, StreamBuilder
-from mmpt.vocab import MEDIA, Modality, Vocabulary
+from mmpt.vocab import MEDIA, NUM_SIZES, Modality, Vocabulary
 
-MAX_SPEECH_SPAN = 26  # codes; speech is streamed in blocks of about two seconds
+MAX_SPEECH_SPAN = 26  # frames; speech is streamed in blocks of about two seconds
 
 
 def to_stream(
@@ -86,8 +86,15 @@ def write_segments(
                 builder.text(separator, weight=weight if separator_weight is None else 0.0)
             builder.text(codes, weight=weight)
         elif modality == Modality.SPEECH:
-            for start in range(0, len(codes), MAX_SPEECH_SPAN):
-                builder.media(modality, codes[start : start + MAX_SPEECH_SPAN], weight=weight)
+            most = speech_span(builder.vocabulary)
+            for start in range(0, len(codes), most):
+                builder.media(modality, codes[start : start + most], weight=weight)
         else:
             builder.media(modality, codes, weight=weight)
         previous = modality
+
+
+def speech_span(vocabulary: Vocabulary) -> int:
+    """The most ids of one span of speech: whole frames, 26 or as many as a size id can say."""
+    num_codebooks = vocabulary.num_codebooks(Modality.SPEECH)
+    return num_codebooks * min(MAX_SPEECH_SPAN, NUM_SIZES // num_codebooks)

@@ -50,7 +50,10 @@ def is_heldout(base: str) -> bool:
 
 @dataclass(frozen=True)
 class Document:
-    """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page."""
+    """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page.
+
+    voices: who speaks in each audio part, "" where the shard does not say; empty: no word of it.
+    """
 
     key: str
     base: str
@@ -58,6 +61,7 @@ class Document:
     parts: list[Part]
     source: str = ""
     shard: str = ""
+    voices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def encode_document(document: Document) -> Record:
         key=document.key,
         base=document.base,
         order=document.order,
-        parts=tuple(_encode_part(part) for part in document.parts),
+        parts=tuple(_encode_parts(document)),
         source=document.source,
         license="",
     )
@@ -194,6 +198,7 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         parts=[_load_part(sample, entry) for entry in parts],
         source=str(described.get("source", "")),
         shard=sample.shard,
+        voices=tuple(str(entry.get("voice", "")) for entry in parts if entry["type"] == "audio"),
     )
 
 
@@ -260,6 +265,14 @@ def _load_media(kind: str, name: str, data: bytes, **options: float) -> Part:
         return MEDIA_TYPES[kind].load(data, **options)
     except UserError as error:
         raise UserError(f"bad {kind}: {name}: {error}") from None
+
+
+def _encode_parts(document: Document) -> Iterator[dict[str, Any]]:
+    voices = iter(document.voices)
+    for part in document.parts:
+        entry = _encode_part(part)
+        voice = next(voices, "") if isinstance(part, Audio) else ""
+        yield entry | ({"voice": voice} if voice else {})
 
 
 def _encode_part(part: Part) -> dict[str, Any]:

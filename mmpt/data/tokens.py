@@ -319,9 +319,10 @@ def _check_segment(segment: Segment, vocabulary: Vocabulary) -> None:
     sides = 1 if modality == Modality.TEXT else NUM_GRID_SIZES[modality]
     if codes.ndim != sides:
         raise UserError(f"{name} codes need {sides} sides, not shape {codes.shape}")
-    size = _codec_size(modality, vocabulary)
-    if codes.size and not 0 <= codes.min() <= codes.max() < size:
-        raise UserError(f"{name} codes must be in [0, {size})")
+    if modality != Modality.TEXT:
+        vocabulary.ids_of(modality, codes)
+    elif codes.size and not 0 <= codes.min() <= codes.max() < vocabulary.num_text:
+        raise UserError(f"{name} codes must be in [0, {vocabulary.num_text})")
     if modality in (Modality.IMAGE, Modality.VIDEO):
         for side in codes.shape:
             vocabulary.size_id(side)
@@ -330,7 +331,7 @@ def _check_segment(segment: Segment, vocabulary: Vocabulary) -> None:
 def _codec_size(modality: Modality, vocabulary: Vocabulary) -> int:
     if modality == Modality.TEXT:
         return vocabulary.num_text
-    return vocabulary.range_of(modality).size
+    return max(code_range.size for code_range in vocabulary.ranges_of(modality))
 
 
 def _name(modality: Modality) -> str:

@@ -136,14 +136,18 @@ def generate_block(
     unconditional: Prompts | None = None,
 ) -> list[np.ndarray]:
     """The next `length` codes, as ids int64 (length,), of the span that each prompt has open."""
-    check_open(vocabulary, [*prompts, *(unconditional or ())], modality, length)
+    grammars = check_open(vocabulary, [*prompts, *(unconditional or ())], modality, length)
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
     uniform = uniforms(generators, length, prefix.device)
     live = torch.ones(len(prompts), dtype=torch.bool, device=prefix.device)
     ids = torch.zeros(len(prompts), length, dtype=torch.int64, device=prefix.device)
+    book = codebook_of(vocabulary, modality, candidates)
+    places = torch.tensor([g.place for g in grammars[: len(prompts)]], device=prefix.device)
     for step in range(length):
-        p = sampling.probabilities(prefix.scores(candidates))
+        wanted = (places + step) % vocabulary.num_codebooks(modality)
+        scores = prefix.scores(candidates).masked_fill(book != wanted[:, None], -torch.inf)
+        p = sampling.probabilities(scores)
         ids[:, step] = candidates[draw(p, uniform[:, step])]
         if step + 1 < length:
             token = ids[:, step : step + 1]
@@ -260,6 +264,14 @@ def _next_ids(
 def candidate_ids(vocabulary: Vocabulary, modality: Modality, device: torch.device) -> torch.Tensor:
     """int64 (V,): the ids of a medium's codes, without those that training never used."""
     return torch.from_numpy(vocabulary.allowed[modality].nonzero()[0]).to(device)
+
+
+def codebook_of(
+    vocabulary: Vocabulary, modality: Modality, candidates: torch.Tensor
+) -> torch.Tensor:
+    """int64 (V,): which codebook of its medium each candidate is of."""
+    starts = torch.tensor([r.start for r in vocabulary.ranges_of(modality)])
+    return torch.searchsorted(starts.to(candidates.device), candidates, right=True) - 1
 
 
 def check_open(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from mmpt.config import UserError
-from mmpt.decode.ar import Prefix, Prompts, candidate_ids, check_open
+from mmpt.decode.ar import Prefix, Prompts, candidate_ids, check_open, codebook_of
 from mmpt.decode.sampling import Sampling, draw, uniforms
 from mmpt.model.transformer import Decoder
 from mmpt.stream import SPAN_COLUMNS, Rows
@@ -71,7 +71,7 @@ def corrupt(
     size = rows.ids.shape
     noisy = _empty(size[0], num_noisy)
     candidates = {
-        m: candidate_ids(vocabulary, m, rows.ids.device) for m in MEDIA if vocabulary.has(m)
+        m: candidates_by_book(vocabulary, m, rows.ids.device) for m in MEDIA if vocabulary.has(m)
     }
     for row, blocks in enumerate(chosen):
         offset = 0
@@ -137,6 +137,9 @@ def denoising_loss(
         label = index[joint.labels]
         chosen = (joint.modality == modality) & (label >= 0)
         logits, label = model.logits(hidden[chosen], candidates), label[chosen]
+        book = codebook_of(vocabulary, modality, candidates)
+        if vocabulary.num_codebooks(modality) > 1:  # a position has one codebook
+            logits = logits.masked_fill(book != book[label][:, None], -torch.inf)
         weight = joint.loss_weight[chosen].to(logits.dtype)
         nats = F.cross_entropy(logits, label, reduction="none")
         hits = (logits.detach().argmax(-1) == label).to(weight.dtype)
@@ -208,15 +211,20 @@ def denoise_passes(
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
     live = torch.ones(len(prompts), dtype=torch.bool, device=prefix.device)
+    book = codebook_of(vocabulary, modality, candidates)
+    wanted = torch.arange(block, device=prefix.device) % vocabulary.num_codebooks(modality)
+    elsewhere = book != wanted[:, None]  # (block, V): candidates of another codebook
+    count, first = (~elsewhere).sum(1), (~elsewhere).int().argmax(1)
     finished: list[torch.Tensor] = []
     total, done = num_passes * (length // block), 0
     for _ in range(length // block):
         if finished:
             prefix.append(finished[-1], torch.full_like(finished[-1], modality), live)
         uniform = uniforms(generators, block, prefix.device)
-        index = (uniform * len(candidates)).long().clamp(max=len(candidates) - 1)
+        index = (uniform * count).long().clamp(max=count - 1) + first
         for now, then in pairwise(times):
             scores = prefix.block_scores(candidates[index], modality, candidates)
+            scores = scores.masked_fill(elsewhere, -torch.inf)
             uniform = uniforms(generators, 2 * block, prefix.device)
             guess = draw(sampling.probabilities(scores), uniform[:, :block])
             # exact jump probability of the mixture path between the two times
@@ -225,6 +233,15 @@ def denoise_passes(
             codes = torch.cat([*finished, candidates[index]], dim=1)
             yield Pass(done, total, list(codes.cpu().numpy()))
         finished.append(candidates[index])
+
+
+def candidates_by_book(
+    vocabulary: Vocabulary, modality: Modality, device: torch.device
+) -> list[torch.Tensor]:
+    """The ids of a medium's used codes, int64 (V,) for each of its codebooks."""
+    ids = candidate_ids(vocabulary, modality, device)
+    book = codebook_of(vocabulary, modality, ids)
+    return [ids[book == index] for index in range(vocabulary.num_codebooks(modality))]
 
 
 def schedule(num_passes: int, shift: float = 1.0) -> list[float]:
@@ -293,14 +310,17 @@ def _write(
     place: slice,
     number: int,
     block: _Block,
-    candidates: torch.Tensor,
+    candidates: list[torch.Tensor],
     generator: torch.Generator,
 ) -> None:
     # the slot and the noisy copy of one block, at `place` of the noisy part
     source = slice(block.start - 1, block.start + block.length)
     codes = rows.ids[row, block.start : source.stop]
     time = torch.rand((), generator=generator)
-    noise = candidates[torch.randint(len(candidates), codes.shape, generator=generator)]
+    noise = torch.empty_like(codes)
+    for index, book in enumerate(candidates):  # blocks begin with the first codebook
+        size = noise[index :: len(candidates)].shape
+        noise[index :: len(candidates)] = book[torch.randint(len(book), size, generator=generator)]
     kept = torch.rand(codes.shape, generator=generator) < time
     out.ids[row, place.start] = rows.ids[row, source.start]
     out.ids[row, place.start + 1 : place.stop] = torch.where(kept, codes, noise)

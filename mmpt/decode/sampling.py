@@ -115,6 +115,11 @@ class Grammar:
         return self.open is not None and self.remaining > 0
 
     @property
+    def place(self) -> int:
+        """How many codes of the open span have come; by it the next one's codebook is known."""
+        return prod(self.sizes) - self.remaining
+
+    @property
     def block(self) -> int:
         """Codes of a parallel block of the open span: an image, a latent frame, a speech span."""
         return prod(self.sizes[-2:]) if self.open is not None else 0
@@ -137,10 +142,16 @@ class Grammar:
                 )
             self.sizes.append(size)
             complete = len(self.sizes) == NUM_GRID_SIZES[self.open]
+            if complete and size % self.vocabulary.num_codebooks(self.open):
+                raise UserError(
+                    f"{size} {self.open.name.lower()} codes are no whole frames of "
+                    f"{self.vocabulary.num_codebooks(self.open)}"
+                )
             self.remaining = prod(self.sizes) if complete else 0
             return Modality.TEXT
         if self.remaining:
-            code_range = self.vocabulary.range_of(self.open)
+            ranges = self.vocabulary.ranges_of(self.open)
+            code_range = ranges[self.place % len(ranges)]
             if not code_range.start <= token < code_range.stop:
                 raise UserError(f"id {token} stands where {self.open.name.lower()} codes belong")
             self.remaining -= 1
@@ -167,7 +178,7 @@ class Grammar:
                     mask[self.vocabulary.structure_id(BEGIN[modality])] = True
             return mask
         if self.remaining:
-            return self.vocabulary.allowed[self.open]
+            return self.vocabulary.allowed_at(self.open, self.place)
         mask = np.zeros(len(self.vocabulary), dtype=bool)
         if len(self.sizes) < NUM_GRID_SIZES[self.open]:
             sizes = list(self._fitting(self.open, self.sizes, room))
@@ -186,10 +197,14 @@ class Grammar:
         # the sizes that may follow `sizes` so that header, codes and end take at most `room` ids
         missing = NUM_GRID_SIZES[modality] - len(sizes)
         most = room - missing - 1
+        # the last side counts ids: whole frames of all codebooks
+        step = self.vocabulary.num_codebooks(modality) if missing == 1 else 1
         if modality not in self.shapes:
-            return range(1, min(NUM_SIZES, most // prod(sizes)) + 1)
+            return range(step, min(NUM_SIZES, most // prod(sizes)) + 1, step)
         return {
             shape[len(sizes)]
             for shape in self.shapes[modality]
-            if list(shape[: len(sizes)]) == sizes and prod(shape) <= most
+            if list(shape[: len(sizes)]) == sizes
+            and prod(shape) <= most
+            and shape[len(sizes)] % step == 0
         }

@@ -1,4 +1,4 @@
-"""Speech of a length that the model chooses: spans of at most 26 codes, one after another.
+"""Speech of a length that the model chooses: spans of at most 26 frames, one after another.
 
 The model writes each span's header one id at a time, and so decides how long the span is and
 whether another one follows; the codes are filled in by either decoder.
@@ -7,7 +7,7 @@ whether another one follows; the codes are filled in by either decoder.
 import numpy as np
 import torch
 
-from mmpt.data.layout import MAX_SPEECH_SPAN
+from mmpt.data.layout import speech_span
 from mmpt.decode.ar import generate, generate_block
 from mmpt.decode.dida import denoise_block
 from mmpt.decode.sampling import Sampling
@@ -34,19 +34,20 @@ def speak(
     prompt: ids that end outside a span. num_passes: of parallel decoding; None decodes one id at a
     time. It ends when the model ends the document, or after `max_codes` codes.
     """
+    most, num_codebooks = speech_span(vocabulary), vocabulary.num_codebooks(SPEECH)
     begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
     ids = np.append(prompt, begin)
     free = None if unconditional is None else np.append(unconditional, begin)
     left = max_codes
     while True:
-        shapes = {SPEECH: [(n,) for n in range(1, min(MAX_SPEECH_SPAN, left) + 1)]}
+        sizes = range(num_codebooks, max(num_codebooks, min(most, left)) + 1, num_codebooks)
         [header] = generate(
             model,
             vocabulary,
             [ids],
-            max_ids=HEADER + MAX_SPEECH_SPAN + 1,
+            max_ids=HEADER + most + 1,
             allow=(SPEECH,),
-            shapes=shapes,
+            shapes={SPEECH: [(size,) for size in sizes]},
             stop="header",
             sampling=sampling,
             generators=[generator],

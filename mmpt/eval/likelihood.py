@@ -139,8 +139,8 @@ def _possible(vocabulary: Vocabulary, modality: Modality) -> np.ndarray:
     if modality == Modality.TEXT:
         possible[: vocabulary.num_text] = True
     else:
-        code_range = vocabulary.range_of(modality)
-        possible[code_range.start : code_range.stop] = True
+        for code_range in vocabulary.ranges_of(modality):
+            possible[code_range.start : code_range.stop] = True
     return possible
 
 

@@ -11,6 +11,13 @@ KINDS = {
     "image": "mmpt.tokenizers.image:ImageCodec",
     "video": "mmpt.tokenizers.video:VideoCodec",
     "speech": "mmpt.tokenizers.speech:SpeechCodec",
+    # of the library transformers
+    "emu3": "mmpt.tokenizers.adapters_image:Emu3Codec",
+    "chameleon": "mmpt.tokenizers.adapters_image:ChameleonCodec",
+    "mimi": "mmpt.tokenizers.adapters_sound:MimiCodec",
+    "dac": "mmpt.tokenizers.adapters_sound:DacCodec",
+    "encodec": "mmpt.tokenizers.adapters_sound:EncodecCodec",
+    "xcodec": "mmpt.tokenizers.adapters_sound:XcodecCodec",
 }
 
 

@@ -25,7 +25,7 @@ from mmpt.config import UserError, from_dict, to_dict, write_atomic
 from mmpt.tokenizers import KINDS
 from mmpt.vocab import Modality
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: image codecs had `levels` where they now have a quantiser
 
 
 class Codec(nn.Module, abc.ABC):
@@ -34,8 +34,10 @@ class Codec(nn.Module, abc.ABC):
     kind: ClassVar[str]
     modality: ClassVar[Modality]
     config_class: ClassVar[type]
+    factor: int = 1  # pixels a side that one code stands for; 1 where there are no sides
     name: str = ""  # of the folder it was loaded from
     folder: Path | None = None  # None: it was never saved
+    sample_rate: int = 0  # Hz of the waves it takes; 0: no codec of sound
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -47,9 +49,18 @@ class Codec(nn.Module, abc.ABC):
         """Number of legal codes; each is in [0, codebook_size)."""
 
     @property
+    def num_codebooks(self) -> int:
+        """Codes of one position, the last axis of codes."""
+        return 1
+
+    @property
     @abc.abstractmethod
     def rate(self) -> str:
         """Codes per unit of medium, for people: '64 codes per 64 x 64 pixels'."""
+
+    def defining_config(self) -> dict[str, Any]:
+        """The settings that define the codes, for the fingerprint; all unless a codec says less."""
+        return to_dict(self.config)
 
     @abc.abstractmethod
     def defining_tensors(self) -> dict[str, Tensor]:
@@ -74,7 +85,7 @@ class Codec(nn.Module, abc.ABC):
     @property
     def fingerprint(self) -> str:
         """sha256 over the config and the tensors that define the codes, 16 hex digits."""
-        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.defining_config(), sort_keys=True).encode())
         for name, tensor in sorted(self.defining_tensors().items()):
             digest.update(name.encode())
             # as stored: a freshly trained codec and the same codec loaded agree
@@ -88,10 +99,11 @@ class Codec(nn.Module, abc.ABC):
 
     def check_codes(self, codes: Tensor, num_dims: int) -> Tensor:
         """Refuse codes of a wrong shape or range; returns them as int64 on the codec's device."""
-        if codes.ndim != num_dims or codes.shape[-1] != 1 or codes.numel() == 0:
+        count = self.num_codebooks
+        if codes.ndim != num_dims or codes.shape[-1] != count or codes.numel() == 0:
             raise UserError(
-                f"{self.kind} codes need {num_dims} dimensions, the last of size 1, and at least "
-                f"one code; got shape {tuple(codes.shape)}"
+                f"{self.kind} codes need {num_dims} dimensions, the last of size {count}, and at "
+                f"least one code; got shape {tuple(codes.shape)}"
             )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.codebook_size:
@@ -125,6 +137,11 @@ class Codec(nn.Module, abc.ABC):
             ) from None
 
     @classmethod
+    def upgrade(cls, config: dict[str, Any], version: int) -> dict[str, Any]:
+        """The config of an older format in the present form; most have not changed."""
+        return config
+
+    @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Self:
         """Open what `save` wrote; `config` is the content of config.json."""
         codec = cls(from_dict(cls.config_class, config, where=f"{folder}/config.json"))
@@ -155,7 +172,13 @@ def load_codec(name_or_path: str | Path) -> Codec:
     folder = codec_folder(name_or_path)
     try:
         config = json.loads((folder / "config.json").read_text())
+        if "model_type" in config:  # a folder of the library `transformers`
+            from mmpt.tokenizers.adapters import describe
+
+            config = describe(folder, config)
         version, kind = int(config.pop("format_version")), str(config.pop("kind"))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/config.json is no codec config: {error!r}") from None
     if version > FORMAT_VERSION:
@@ -165,7 +188,8 @@ def load_codec(name_or_path: str | Path) -> Codec:
     if kind not in KINDS:
         raise UserError(f"{folder}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
     module, class_name = KINDS[kind].split(":")
-    codec = getattr(importlib.import_module(module), class_name).load(folder, config)
+    codec_class = getattr(importlib.import_module(module), class_name)
+    codec = codec_class.load(folder, codec_class.upgrade(config, version))
     codec.folder = folder.resolve()
     codec.name = codec.folder.name
     return codec

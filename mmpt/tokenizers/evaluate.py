@@ -1,35 +1,41 @@
-"""Report cards: what a codec keeps of held-out media, beside a baseline of as many codes and bits.
+"""Report cards and round trips: what a codec keeps of held-out media, and of a file of yours.
 
-Baselines are fitted on the training shards in the same run: k-means of pixel patches (of 4 x 8 x 8
-cubes for video), k-means of stacked log-mel frames, and bytes for text.
+A card measures the codec, a baseline of as many codes and bits that is fitted in the same run, and
+a ceiling, all with the same keys; `cards` says how.
 """
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmpt.config import UserError, load_recipe, write_atomic
+from mmpt.config import UserError, write_atomic
+from mmpt.data.shards import Document
 from mmpt.parts import Audio, Image, Part, Text, Video, load_part
 from mmpt.tokenizers.base import Codec, codec_folder, codec_names, load_codec
-from mmpt.tokenizers.image import FACTOR, ImageCodec, from_pixels, to_pixels
-from mmpt.tokenizers.losses import psnr
-from mmpt.tokenizers.quantize import kmeans, nearest_centre
-from mmpt.tokenizers.recipe import CodecRecipe, read_parts
-from mmpt.tokenizers.speech import FRAMES_PER_CODE, SpeechCodec
-from mmpt.tokenizers.text import TextCodec
-from mmpt.tokenizers.video import GROUP, VideoCodec, pad_to_factor
-from mmpt.tokenizers.vocoder import HOP, log_mel
+from mmpt.tokenizers.cards import speech, text, visual, words
+from mmpt.tokenizers.cards.system import Block, Card, require, rounded
+from mmpt.tokenizers.image import from_pixels, to_pixels
+from mmpt.tokenizers.recipe import CodecRecipe, find_documents, load_codec_recipe
+from mmpt.tokenizers.video import pad_to_factor
+from mmpt.vocab import Modality
 
-MAX_POINTS = 100_000  # vectors that a baseline is fitted on
-PICTURE = (64, 64, 3)  # what pictures and frames are measured on
+log = logging.getLogger(__name__)
+
+SPEEDS = {
+    Modality.TEXT: "bytes a second",
+    Modality.IMAGE: "pictures a second",
+    Modality.VIDEO: "times real time",
+    Modality.SPEECH: "times real time",
+}
 
 
 def list_tokenizers() -> dict:
@@ -37,7 +43,7 @@ def list_tokenizers() -> dict:
     rows = []
     for name in codec_names():
         codec = load_codec(name)
-        metrics = read_card(codec_folder(name), codec.fingerprint)
+        card = read_card(codec_folder(name), codec.fingerprint)
         rows.append(
             {
                 "name": name,
@@ -45,44 +51,128 @@ def list_tokenizers() -> dict:
                 "codebook_size": codec.codebook_size,
                 "rate": codec.rate,
                 "fingerprint": codec.fingerprint,
-                "heldout": metrics.get("heldout"),
-                "baseline": metrics.get("baseline"),
+                "heldout": _measured(card, card["baseline"]) if card else None,
+                "baseline": _measured(card["baseline"], card["baseline"]) if card else None,
             }
         )
     return {"tokenizers": rows}
 
 
-def evaluate(name: str, shards: Sequence[str] = (), *, save: bool = False) -> dict:
-    """Measure codec NAME on held-out media beside its baseline, which is fitted on its recipe's.
+def evaluate(
+    name: str,
+    shards: Sequence[str] = (),
+    *,
+    train: Sequence[str] = (),
+    judge: Path | None = None,
+    save: bool = False,
+) -> Card:
+    """Measure codec NAME on held-out media, beside a baseline of equal bits and a ceiling.
 
     SHARDS are measured whole; without them, the held-out documents that belong to the recipe are.
-    save: also write metrics.json into the codec's folder.
+    --train: what the codec was trained on, to fit the baseline on, instead of the recipe's shards.
+    --judge: a folder with a Whisper model (CTranslate2) that hears words, instead of pocketsphinx
+    with a grammar. --save: also write metrics.json into the codec's folder.
     """
     codec, folder = load_codec(name), codec_folder(name)
-    recipe = load_recipe(CodecRecipe, folder / "recipe.toml")
+    recipe = _recipe(folder, codec, shards, train)
     if shards:
-        heldout = read_parts(shards)
+        heldout = find_documents(shards)
     else:
         beside = [pattern.replace("-train-", "-heldout-") for pattern in recipe.shards]
-        heldout = read_parts(beside, heldout=True)
-    train = read_parts(recipe.shards, heldout=False)
-    measure = {
-        TextCodec: _text,
-        ImageCodec: _image,
-        VideoCodec: _video,
-        SpeechCodec: _speech,
-    }[type(codec)]
-    ours, baseline = measure(codec, heldout, train)
-    result = {
-        "tokenizer": codec.name,
-        "modality": codec.modality.name.lower(),
-        "fingerprint": codec.fingerprint,
-        "heldout": _rounded(ours),
-        "baseline": _rounded(baseline),
-    }
+        heldout = find_documents([*beside, *recipe.heldout], heldout=True)
+    seen = find_documents(train) if train else find_documents(recipe.shards, heldout=False)
+    began = time.monotonic()
+    with _one_thread():
+        blocks, notes = _measure(codec, heldout, seen, recipe.unseen_voices, judge)
+    card = Card(
+        tokenizer=codec.name,
+        modality=codec.modality.name.lower(),
+        fingerprint=codec.fingerprint,
+        codebook_size=codec.codebook_size,
+        num_codebooks=codec.num_codebooks,
+        speed_unit=SPEEDS[codec.modality],
+        compared=[f"{key}: {block['system']}" for key, block in blocks.items() if key],
+        notes=notes,
+        seconds_taken=round(time.monotonic() - began, 1),
+        **rounded(blocks.pop("")),
+        **{key: rounded(block) for key, block in blocks.items()},
+    )
     if save:
-        write_atomic(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-    return result
+        write_atomic(folder / "metrics.json", json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def read_card(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """What `evaluate` saved; nothing when it measured another codec than the one that is there."""
+    path = folder / "metrics.json"
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    # cards that were written before there was a ceiling held less
+    return card if card.get("fingerprint") == fingerprint and "ceiling" in card else {}
+
+
+def _measured(block: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    return {k: block[k] for k in keys if isinstance(block[k], int | float | list)}
+
+
+def _recipe(folder: Path, codec: Codec, shards: Sequence[str], train: Sequence[str]) -> CodecRecipe:
+    if (folder / "recipe.toml").is_file():
+        return load_codec_recipe(folder / "recipe.toml")
+    if shards and (train or codec.modality == Modality.TEXT):  # bytes need no fit
+        return CodecRecipe(kind="text", shards=())
+    raise UserError(
+        f"{folder} has no recipe.toml that names its data; give shards to measure, and others to "
+        "fit the baseline on: SHARDS --train OTHERS"
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # media are measured one by one; on a busy machine, threads for so little work wait for each
+    # other, and one of them is thirty times as fast as two
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    codec: Codec,
+    heldout: Sequence[Document],
+    seen: Sequence[Document],
+    unseen_voices: Sequence[str],
+    whisper: Path | None,
+) -> tuple[dict[str, Block], list[str]]:
+    """The blocks by name, "" for the codec, and what could not be measured, in sentences."""
+    if codec.modality == Modality.SPEECH:
+        require("torchaudio", "pystoi", "jiwer")
+        return _measure_speech(codec, heldout, seen, unseen_voices, whisper)
+    parts, others = ([document.parts for document in split] for split in (heldout, seen))
+    if codec.modality == Modality.TEXT:
+        return text.measure_text(codec, parts), []
+    require("torchmetrics")
+    return visual.measure_visual(codec, parts, others), []
+
+
+def _measure_speech(
+    codec: Codec,
+    heldout: Sequence[Document],
+    seen: Sequence[Document],
+    unseen_voices: Sequence[str],
+    whisper: Path | None,
+) -> tuple[dict[str, Block], list[str]]:
+    real, others = speech.utterances(heldout), speech.utterances(seen)
+    words.check_unseen(unseen_voices, others)
+    picks, notes = words.judged(real, unseen_voices, whisper=whisper)
+    blocks, waves = speech.measure_sound(codec, real, others)
+    blocks["original"] = {"system": "the sound itself"}
+    waves["original"] = [utterance.wave for utterance in real]
+    rows = words.by_voice([real[index].voice for index in picks], unseen_voices, others)
+    said = words.measure_words(waves, [real[i].text for i in picks], picks, rows, whisper=whisper)
+    for note in notes:
+        log.warning("%s", note)
+    return {name: block | said[name] for name, block in blocks.items()}, notes
 
 
 def roundtrip(name: str, file: Path, *, out: Path) -> dict:
@@ -102,182 +192,42 @@ def roundtrip(name: str, file: Path, *, out: Path) -> dict:
 
 
 def _roundtrip_part(codec: Codec, part: Part) -> tuple[Tensor, Part]:
-    if isinstance(codec, VideoCodec) and isinstance(part, Image):
+    """Codes (1, ..., Q) of a part, and the part of the same size that they decode to."""
+    modality = codec.modality
+    if modality == Modality.VIDEO and isinstance(part, Image):
         codes, made = _roundtrip_part(codec, Video(part.pixels[None], 1.0))
         assert isinstance(made, Video)
         return codes, Image(made.frames[0])
-    if isinstance(codec, TextCodec) and isinstance(part, Text):
+    if modality == Modality.TEXT and isinstance(part, Text):
         codes = codec.encode(part.text)
         return codes[None], Text(codec.decode(codes))
-    if isinstance(codec, ImageCodec) and isinstance(part, Image):
+    if modality == Modality.IMAGE and isinstance(part, Image):
         height, width, _ = part.pixels.shape
-        codes = codec.encode(pad_to_factor(to_pixels(part.pixels[None])))
+        codes = codec.encode(_padded(codec, part.pixels[None]))
         return codes, Image(from_pixels(codec.decode(codes))[0, :height, :width])
-    if isinstance(codec, VideoCodec) and isinstance(part, Video):
-        count, height, width, _ = part.frames.shape
-        stream, decoder = codec.stream(), codec.decode_stream()
-        codes, frames = [], []
-        for frame in part.frames:  # one by one: memory does not grow with the resolution's batch
-            codes.append(stream.push(pad_to_factor(to_pixels(frame[None]))))
-        codes = torch.cat([*codes, stream.flush()])
-        frames = [from_pixels(decoder.push(unit[None])) for unit in codes]
-        frames = np.concatenate(frames)[:count, :height, :width]
-        return codes[None], Video(np.ascontiguousarray(frames), part.fps)
-    if isinstance(codec, SpeechCodec) and isinstance(part, Audio):
-        wave = torch.from_numpy(part.resample(codec.sample_rate).wave)
+    if modality == Modality.VIDEO and isinstance(part, Video):
+        return _roundtrip_video(codec, part)
+    if modality == Modality.SPEECH and isinstance(part, Audio):
+        rate = int(codec.sample_rate)  # type: ignore[arg-type] # all codecs of sound
+        wave = torch.from_numpy(part.resample(rate).wave)
         codes = codec.encode(wave[None])
         made = codec.decode(codes)[0, : len(wave)]
-        return codes, Audio(made.cpu().numpy(), codec.sample_rate)
+        return codes, Audio(made.cpu().numpy(), rate)
     raise UserError(
         f"{codec.name} is a {codec.kind} codec; it cannot read a {type(part).__name__.lower()}"
     )
 
 
-def read_card(folder: Path, fingerprint: str) -> dict:
-    """What `evaluate` saved; nothing when it measured another codec than the one that is there."""
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.is_file() else {}
-    return metrics if metrics.get("fingerprint") == fingerprint else {}
+def _roundtrip_video(codec: Codec, part: Video) -> tuple[Tensor, Video]:
+    count, height, width, _ = part.frames.shape
+    stream, decoder = codec.stream(), codec.decode_stream()  # type: ignore[operator] # all codecs of moving media
+    # one by one: memory does not grow with the length
+    codes = [stream.push(_padded(codec, frame[None])) for frame in part.frames]
+    codes = torch.cat([*codes, stream.flush()])
+    frames = [from_pixels(decoder.push(unit[None])) for unit in codes]
+    frames = np.concatenate(frames)[:count, :height, :width]
+    return codes[None], Video(np.ascontiguousarray(frames), part.fps)
 
 
-def _some(media: list[Any], kind: str) -> list[Any]:
-    if not media:
-        raise UserError(f"the shards hold no {kind} to measure; name others")
-    return media
-
-
-def _usage(codes: Tensor, size: int) -> dict[str, float]:
-    share = torch.bincount(codes.flatten(), minlength=size).double()
-    share = share / share.sum()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {"usage": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
-
-
-def _rounded(metrics: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in metrics.items()}
-
-
-def _text(
-    codec: TextCodec, heldout: list[list[Part]], train: list[list[Part]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    texts = [part.text for parts in heldout for part in parts if isinstance(part, Text)]
-    texts = _some([text for text in texts if text], "text")
-    num_bytes = sum(len(text.encode()) for text in texts)
-    num_ids = sum(len(codec.encode(text)) for text in texts)
-    exact = np.mean([codec.decode(codec.encode(text)) == text for text in texts])
-    ours = {"bytes_per_id": num_bytes / num_ids, "exact": float(exact), "bytes": num_bytes}
-    return ours, {"bytes_per_id": 1.0, "exact": 1.0, "bytes": num_bytes}
-
-
-def _pictures(documents: list[list[Part]]) -> Tensor:
-    pictures = [part.pixels for parts in documents for part in parts if isinstance(part, Image)]
-    pictures = [picture for picture in pictures if picture.shape == PICTURE]
-    return to_pixels(np.stack(_some(pictures, "pictures of 64 x 64 pixels")))
-
-
-def _fit(points: Tensor, num_centres: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randperm(len(points), generator=generator)[:MAX_POINTS]
-    return kmeans(points[picks], num_centres, generator)[0]
-
-
-def _patches(pixels: Tensor) -> Tensor:
-    f = FACTOR
-    return rearrange(pixels, "b c (h p) (w q) -> (b h w) (c p q)", p=f, q=f)
-
-
-def _image(
-    codec: ImageCodec, heldout: list[list[Part]], train: list[list[Part]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    real = _pictures(heldout)
-    codes = codec.encode(real)
-    error = (codec.decode(codes) - real).square().mean()
-    bits = codec.bits_per_code / FACTOR**2
-    shared = {"bits_per_pixel": bits, "pictures": len(real)}
-    centres = _fit(_patches(_pictures(train)), codec.codebook_size)
-    points = _patches(real)
-    picks = nearest_centre(points, centres)
-    base_error = (centres[picks] - points).square().mean()
-    ours = {"psnr": psnr(error), **shared, **_usage(codes, codec.codebook_size)}
-    return ours, {"psnr": psnr(base_error), **shared, **_usage(picks, codec.codebook_size)}
-
-
-def _clips(documents: list[list[Part]]) -> list[Tensor]:
-    clips = [part.frames for parts in documents for part in parts if isinstance(part, Video)]
-    clips = _some([c for c in clips if c.shape[1:] == PICTURE], "clips of 64 x 64 pixels")
-    return [to_pixels(clip[: 1 + (len(clip) - 1) // GROUP * GROUP]) for clip in clips]
-
-
-def _cubes(clips: list[Tensor]) -> Tensor:
-    f = FACTOR
-    pattern = "(t g) c (h p) (w q) -> (t h w) (g c p q)"
-    return torch.cat([rearrange(clip[1:], pattern, g=GROUP, p=f, q=f) for clip in clips])
-
-
-def _video(
-    codec: VideoCodec, heldout: list[list[Part]], train: list[list[Part]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    real, error, all_codes, count = _clips(heldout), 0.0, [], 0
-    for clip in real:
-        codes = codec.encode(clip[None])
-        error += float((codec.decode(codes)[0] - clip).square().sum(dtype=torch.float64))
-        count += clip.numel()
-        all_codes.append(codes.flatten())
-    seen, size = _clips(train), codec.codebook_size
-    first_centres = _fit(_patches(torch.cat([clip[:1] for clip in seen])), size)
-    cube_centres = _fit(_cubes(seen), size)
-    base_error = 0.0
-    for points, centres in (
-        (_patches(torch.cat([clip[:1] for clip in real])), first_centres),
-        (_cubes(real), cube_centres),
-    ):
-        picked = centres[nearest_centre(points, centres)]
-        base_error += float((picked - points).square().sum(dtype=torch.float64))
-    codes = torch.cat(all_codes)
-    pixels = count / 3
-    bits = len(codes) * math.log2(size) / pixels
-    shared = {"bits_per_pixel": bits, "clips": len(real)}
-    ours = {"psnr": psnr(error / count), **shared, **_usage(codes, size)}
-    return ours, {"psnr": psnr(base_error / count), **shared}
-
-
-def _mels(documents: list[list[Part]]) -> list[tuple[Tensor, Tensor]]:
-    """(wave, log-mel frames (8 n, 80)) of every sound, padded to whole codes."""
-    out = []
-    for parts in documents:
-        for part in parts:
-            if isinstance(part, Audio):
-                wave = torch.from_numpy(part.resample(SpeechCodec.sample_rate).wave)
-                padded = F.pad(wave, (0, -len(wave) % (HOP * FRAMES_PER_CODE)))
-                out.append((wave, log_mel(padded[None])[0]))
-    return _some(out, "sound")
-
-
-@torch.inference_mode()
-def _speech(
-    codec: SpeechCodec, heldout: list[list[Part]], train: list[list[Part]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    size, stacked = codec.codebook_size, "(n f) m -> n (f m)"
-    points = [rearrange(mel, stacked, f=FRAMES_PER_CODE) for _, mel in _mels(train)]
-    centres = _fit(torch.cat(points), size)
-    ours = base = frames = seconds = 0.0
-    all_codes = []
-    for wave, mel in _mels(heldout):
-        codes = codec.encode(wave[None])
-        latents = codec.quantizer.lookup(codes)
-        padded = F.pad(latents, (0, 0, 0, -latents.shape[1] % codec.config.block))
-        made = codec.decode_mel(padded)[0, : len(mel)]
-        points = rearrange(mel, stacked, f=FRAMES_PER_CODE)
-        picked = centres[nearest_centre(points, centres)]
-        ours += float((made - mel).abs().sum())
-        base += float(
-            (rearrange(picked, "n (f m) -> (n f) m", f=FRAMES_PER_CODE) - mel).abs().sum()
-        )
-        frames += mel.numel()
-        seconds += len(wave) / codec.sample_rate
-        all_codes.append(codes.flatten())
-    scale = 2.0  # `log_mel` halves; report nats
-    shared = {"bits_per_second": codec.bits_per_second, "seconds": seconds}
-    usage = _usage(torch.cat(all_codes), size)
-    mine = {"log_mel_distance": scale * ours / frames, **shared, **usage}
-    return mine, {"log_mel_distance": scale * base / frames, **shared}
+def _padded(codec: Codec, pictures: np.ndarray) -> Tensor:
+    return pad_to_factor(to_pixels(pictures), visual.factor_of(codec))

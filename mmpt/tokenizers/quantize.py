@@ -1,10 +1,15 @@
 """Quantisers: latents -> codes and back, behind one protocol, always in fp32.
 
+Every quantiser first bounds the latents (to a box, to the unit sphere, or not at all) and then
+snaps them to a codebook. This file holds the protocol, FSQ and the residual wrapper; signs are in
+`binary`, learned codebooks in `codebooks` and `ibq`.
+
 Legend: N vectors, D latent width, K codebook size, Q codebooks.
 """
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,28 +18,34 @@ from torch import Tensor, nn
 
 from mmpt.config import UserError
 
+HUGE = 1e15  # latents are cut to this, so that squared norms of any width stay finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
     """Which quantiser, and its size.
 
     levels: of fsq, whose codebook is their product. codebook_size and width: of all others
-    (lfq and bsq have width log2(codebook_size)). num_codebooks above 1 makes it residual.
+    (lfq and bsq have width log2(codebook_size), which may be left 0). num_codebooks above 1 makes
+    it residual; dropout is then the chance that a training step uses only the first few.
+    entropy: weight of the entropy term of ibq, lfq and bsq.
     """
 
-    kind: Literal["fsq", "ema"] = "fsq"
+    kind: Literal["fsq", "ema", "simvq", "ibq", "lfq", "bsq"] = "fsq"
     levels: tuple[int, ...] = ()
     codebook_size: int = 0
     width: int = 0
     num_codebooks: int = 1
+    dropout: float = 0.0
+    entropy: float = 0.05
 
 
 @dataclass
 class Quantized:
     """What a quantiser makes of latents.
 
-    latents: float (..., D), straight-through; codes: int64 (..., Q); loss: a scalar to train on;
-    parts: its terms by name, for the log.
+    latents: float (..., D), with a gradient for the encoder; codes: int64 (..., Q); loss: a scalar
+    to train on, 0 where no gradient is wanted; parts: its terms by name, unweighted, for the log.
     """
 
     latents: Tensor
@@ -42,17 +53,36 @@ class Quantized:
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.parts = {name: term.detach() for name, term in self.parts.items()}
+
 
 class Quantizer(nn.Module, abc.ABC):
-    """What a codec needs: `codebook_size` codes in each of `num_codebooks`, latents of `width`."""
+    """What a codec needs: `codebook_size` codes in each of `num_codebooks`, latents of `width`.
+
+    Codes are legal for any finite latents, and do not depend on autocast. The latents that come
+    out have the values of `lookup(codes)`, exactly.
+    """
 
     codebook_size: int
     width: int
     num_codebooks: int = 1
+    straight_through = True  # the gradient skips the snapping; if not, it has its own way
+    step: float | Tensor = 1.0  # size of what snapping leaves over, where it is known beforehand
 
-    @abc.abstractmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def forward(self, latents: Tensor) -> Quantized:
         """Quantise float (..., D)."""
+        return self.snap(self.bound(latents.float()))
+
+    def bound(self, latents: Tensor) -> Tensor:
+        """What the codes approximate: latents fp32 (..., D), brought to the codebook's domain."""
+        return latents.clamp(-HUGE, HUGE)
+
+    @abc.abstractmethod
+    def snap(self, bounded: Tensor) -> Quantized:
+        """Quantise what `bound` made, or a residual of it."""
 
     @abc.abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
@@ -66,22 +96,76 @@ class Quantizer(nn.Module, abc.ABC):
     def initialise(self, latents: Tensor, generator: torch.Generator) -> None:
         """Make a first codebook from latents (N, D), N >= K; most quantisers need none."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether losses are wanted. A frozen quantiser still teaches the encoder before it."""
+        return self.training or torch.is_grad_enabled()
+
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """The quantiser that a config describes. Raises UserError in one line."""
-    if config.num_codebooks != 1:
-        raise UserError(f"num_codebooks = {config.num_codebooks}; only 1 so far")
+    if config.num_codebooks < 1 or not 0 <= config.dropout < 1:
+        raise UserError(
+            f"num_codebooks = {config.num_codebooks}, dropout = {config.dropout}; "
+            "give 1 or more codebooks and a dropout in [0, 1)"
+        )
+    layers = [_build_one(config) for _ in range(config.num_codebooks)]
+    return layers[0] if len(layers) == 1 else ResidualQuantizer(layers, dropout=config.dropout)
+
+
+def _build_one(config: QuantizerConfig) -> Quantizer:
     if config.kind == "fsq":
         return FSQ(config.levels)
-    return EMAVectorQuantizer(config.codebook_size, config.width)
+    # the others build on this file
+    from mmpt.tokenizers.binary import BSQ, LFQ
+    from mmpt.tokenizers.codebooks import EMAVectorQuantizer, SimVQ
+    from mmpt.tokenizers.ibq import IBQ
+
+    if config.kind in ("lfq", "bsq"):
+        made = LFQ if config.kind == "lfq" else BSQ
+        quantizer = made(config.codebook_size, entropy_weight=config.entropy)
+        if config.width not in (0, quantizer.width):
+            raise UserError(
+                f"width = {config.width}: {config.kind} of {config.codebook_size} codes has "
+                f"width {quantizer.width}; leave it out"
+            )
+        return quantizer
+    if config.codebook_size < 2 or config.width < 1:
+        raise UserError(
+            f"{config.kind} needs codebook_size of 2 or more and width of 1 or more; got "
+            f"{config.codebook_size} and {config.width}"
+        )
+    if config.kind == "ema":
+        # residuals have a length that matters: no sphere for them
+        spherical = config.num_codebooks == 1
+        return EMAVectorQuantizer(config.codebook_size, config.width, spherical=spherical)
+    if config.kind == "simvq":
+        return SimVQ(config.codebook_size, config.width)
+    return IBQ(config.codebook_size, config.width, entropy_weight=config.entropy)
+
+
+def pass_through(quantised: Tensor, bounded: Tensor) -> Tensor:
+    """Straight-through estimator (1308.3432): the values of `quantised`, gradient to `bounded`.
+
+    The added difference is exactly zero, so values equal those of a lookup.
+    """
+    if not (torch.is_grad_enabled() and bounded.requires_grad):
+        return quantised
+    return quantised.detach() + (bounded - bounded.detach())
 
 
 class FSQ(Quantizer):
     """Finite scalar quantisation (arXiv 2309.15505): round each bounded dimension to its levels.
 
-    No codebook, no loss, no state, so nothing can collapse. levels: at least 2 each.
+    No codebook, no loss, no state, so nothing can collapse. levels: at least 2 each. The code is
+    the mixed-radix number of the digits, the first dimension least significant.
     """
 
+    _scale: Tensor
+    _offset: Tensor
+    _shift: Tensor
+    _middle: Tensor
+    _top: Tensor
     _levels: Tensor
     _basis: Tensor
 
@@ -92,144 +176,117 @@ class FSQ(Quantizer):
         self.levels = levels
         self.width = len(levels)
         self.codebook_size = math.prod(levels)
-        self.register_buffer("_levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+        count = torch.tensor(levels, dtype=torch.float32)
+        # the slack lets the outer levels be reached; with many levels it must not round to another
+        half = (count - 1) * (1 + (0.5 / count).clamp(max=1e-3)) / 2
+        offset = torch.where(count % 2 == 0, 0.5, 0.0)
+        middle = count.div(2, rounding_mode="floor")
         basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))])
-        self.register_buffer("_basis", basis, persistent=False)
+        constants = {
+            "_scale": half / middle,
+            "_offset": -offset / middle,
+            "_shift": torch.atanh(offset / half),
+            "_middle": middle,
+            "_top": count - 1 - middle,
+            "_levels": count.long(),
+            "_basis": basis,
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def forward(self, latents: Tensor) -> Quantized:
-        """latents: float (..., D), unbounded."""
-        half = (self._levels - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
-        bounded = torch.tanh(latents.float() + torch.atanh(offset / half)) * half - offset
-        rounded = bounded.round()
-        # straight-through: the gradient skips the rounding (eq. 3)
-        passed = bounded + (rounded - bounded).detach()
-        digits = rounded.detach() + self._levels.div(2, rounding_mode="floor")
-        codes = (digits.round().long() * self._basis).sum(-1, keepdim=True)
-        return Quantized(self._scale(passed), codes, latents.new_zeros((), dtype=torch.float32))
+    @property
+    def step(self) -> Tensor:  # type: ignore[override] # a constant here, too
+        return 0.5 / self._middle
+
+    def bound(self, latents: Tensor) -> Tensor:
+        """Eq. 1 of the paper, divided by half the levels: about [-1, 1]."""
+        return torch.addcmul(self._offset, (latents + self._shift).tanh_(), self._scale)
+
+    def snap(self, bounded: Tensor) -> Quantized:
+        """Round to the nearest of each dimension's levels."""
+        rounded = (bounded.detach() * self._middle).round_().clamp_(-self._middle, self._top)
+        # fp64 counts exactly, and a product with a vector is the fastest sum
+        codes = ((rounded + self._middle).double() @ self._basis.double()).long()[..., None]
+        latents = pass_through(rounded / self._middle, bounded)
+        return Quantized(latents, codes, latents.new_zeros(()))
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Quantised latents (..., D) in [-1, 1]."""
-        levels = self._levels.long()
-        digits = (codes // self._basis) % levels
-        return self._scale((digits - levels // 2).float())
-
-    def _scale(self, rounded: Tensor) -> Tensor:
-        return rounded / self._levels.div(2, rounding_mode="floor")
+        digits = (codes // self._basis) % self._levels
+        return (digits.float() - self._middle) / self._middle
 
 
-class EMAVectorQuantizer(Quantizer):
-    """Nearest neighbour on the unit sphere; moving averages learn the codebook (1711.00937, A.1).
+class ResidualQuantizer(Quantizer):
+    """Several codebooks: each quantises what the ones before leave (arXiv 2107.03312, alg. 1).
 
-    Low-dimensional, l2-normalised codes (arXiv 2110.04627) keep the codebook in use; a code whose
-    share falls below a tenth of the uniform one is restarted at a random latent of the batch.
-    Until `initialise` is called latents pass through unquantised, so that an encoder can settle.
+    Only the first bounds the latents. A quantiser of fixed corners (fsq, lfq, bsq) sees its
+    residual enlarged by the steps before it; learned codebooks find their own scale. `lookup` adds
+    up as many codebooks as it is given, so fewer of them make a coarser decoding.
     """
 
-    codebook: Tensor
-    counts: Tensor
-    sums: Tensor
-    initialised: Tensor
-
-    def __init__(self, codebook_size: int, width: int, *, decay: float = 0.99) -> None:
+    def __init__(self, layers: Sequence[Quantizer], *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.codebook_size, self.width, self.decay = codebook_size, width, decay
-        self.register_buffer("codebook", torch.randn(codebook_size, width))
-        self.register_buffer("counts", torch.ones(codebook_size))
-        self.register_buffer("sums", torch.randn(codebook_size, width))
-        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
-        self.codebook.copy_(nn.functional.normalize(self.codebook, dim=-1))
-        self.sums.copy_(self.codebook)
+        self.layers = nn.ModuleList(layers)
+        self.width, self.codebook_size = layers[0].width, layers[0].codebook_size
+        self.num_codebooks = len(layers)
+        self.straight_through = layers[0].straight_through
+        self.dropout = dropout
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def forward(self, latents: Tensor) -> Quantized:
-        """latents: float (..., D); the loss is the commitment mean |z - sg(e)|^2."""
-        unit = nn.functional.normalize(latents.float(), dim=-1)
-        flat = unit.reshape(-1, self.width)
-        codes = (flat.detach() @ self.codebook.T).argmax(-1)
-        shaped = codes.reshape(*latents.shape[:-1], 1)
-        if not self.ready:
-            return Quantized(unit, shaped, unit.new_zeros(()))
-        nearest = self.codebook[codes].reshape(unit.shape)
-        if self.training:
-            self._update(flat.detach(), codes)
-        loss = (unit - nearest).square().sum(-1).mean()
-        return Quantized(unit + (nearest - unit).detach(), shaped, loss, {"commitment": loss})
+    def bound(self, latents: Tensor) -> Tensor:
+        """As the first codebook does."""
+        return self._layers[0].bound(latents)
+
+    def snap(self, bounded: Tensor) -> Quantized:
+        """Codebook after codebook; the loss and its parts are means over them."""
+        outs: list[Quantized] = []
+        residual, made = bounded, torch.zeros_like(bounded)
+        num_used = self._num_used()
+        for index, (layer, scale) in enumerate(zip(self._layers, self._scales(), strict=True)):
+            out = layer.snap(residual / scale)
+            outs.append(out)
+            # the gradient of the residual is the one of the latents: codebooks count once each
+            residual = residual - out.latents.detach() * scale
+            if index < num_used:
+                made = made + out.latents * scale
+        if self.straight_through:  # once, not once for every codebook
+            made = pass_through(made, bounded)
+        codes = torch.cat([out.codes for out in outs], dim=-1)
+        loss = torch.stack([out.loss for out in outs]).mean()
+        parts = {k: torch.stack([out.parts[k] for out in outs]).mean() for k in outs[0].parts}
+        return Quantized(made, codes, loss, parts)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Unit vectors (..., D)."""
-        return self.codebook[codes[..., 0]]
+        """The sum over the codebooks of codes (..., up to Q), float (..., D)."""
+        parts = codes.split(1, dim=-1)
+        made = torch.zeros(())
+        for layer, scale, part in zip(self._layers, self._scales(), parts, strict=False):
+            made = made.to(codes.device) + layer.lookup(part) * scale
+        return made
 
     @property
     def ready(self) -> bool:
-        return bool(self.initialised)
+        return all(layer.ready for layer in self._layers)
 
     @torch.no_grad()
-    def initialise(
-        self, latents: Tensor, generator: torch.Generator, *, num_steps: int = 20
-    ) -> None:
-        """Spherical k-means on latents (N, D), N >= K; switches quantisation on."""
-        points = nn.functional.normalize(latents.float(), dim=-1)
-        centres, counts = kmeans(
-            points, self.codebook_size, generator, num_steps=num_steps, spherical=True
-        )
-        share = counts / counts.sum() * self.codebook_size
-        self.codebook.copy_(centres)
-        self.counts.copy_(share)
-        self.sums.copy_(centres * share[:, None])
-        self.initialised.fill_(True)
+    def initialise(self, latents: Tensor, generator: torch.Generator) -> None:
+        """Each codebook from what the ones before it leave of latents (N, D)."""
+        training, residual = self.training, self.bound(latents.float())
+        self.eval()  # looking at what is left is no step of training
+        for layer, scale in zip(self._layers, self._scales(), strict=True):
+            layer.initialise(residual / scale, generator)
+            residual = residual - layer.snap(residual / scale).latents * scale
+        self.train(training)
 
-    def _update(self, points_ND: Tensor, codes_N: Tensor) -> None:
-        counts_K = torch.bincount(codes_N, minlength=self.codebook_size).float()
-        sums_KD = torch.zeros_like(self.sums).index_add_(0, codes_N, points_ND)
-        scale = self.codebook_size / max(len(codes_N), 1)  # 1 = the uniform share
-        self.counts.lerp_(counts_K * scale, 1 - self.decay)
-        self.sums.lerp_(sums_KD * scale, 1 - self.decay)
-        dead = self.counts < 0.1
-        if dead.any():
-            picks = torch.randint(len(points_ND), (int(dead.sum()),), device=points_ND.device)
-            # sums are reset with the counts, or the next average would pull the code back
-            self.counts[dead] = 1.0
-            self.sums[dead] = points_ND[picks]
-        self.codebook.copy_(nn.functional.normalize(self.sums, dim=-1))
+    @property
+    def _layers(self) -> list[Quantizer]:
+        return list(self.layers)  # type: ignore[arg-type] # built from quantisers
 
+    def _scales(self) -> list[float | Tensor]:
+        step = self._layers[0].step
+        return [step**index for index in range(self.num_codebooks)]
 
-@torch.no_grad()
-def kmeans(
-    points: Tensor,
-    num_centres: int,
-    generator: torch.Generator,
-    *,
-    num_steps: int = 25,
-    spherical: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm: centres (K, D) and how many points each took (K,), of points (N, D).
-
-    Centres that lose all points restart at random points. Raises UserError when N < K.
-    """
-    if len(points) < num_centres:
-        raise UserError(
-            f"{len(points)} vectors are too few for {num_centres} centres; give more data"
-        )
-    centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
-    counts = torch.ones(num_centres)
-    for _ in range(num_steps):
-        nearest = nearest_centre(points, centres)
-        counts = torch.bincount(nearest, minlength=num_centres).float()
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        empty = counts == 0
-        anew = torch.randint(len(points), (int(empty.sum()),), generator=generator)
-        sums[empty], counts[empty] = points[anew], 1.0
-        centres = sums / counts[:, None]
-        if spherical:
-            centres = nn.functional.normalize(centres, dim=-1)
-    return centres, counts
-
-
-def nearest_centre(points: Tensor, centres: Tensor, *, chunk: int = 16_384) -> Tensor:
-    """Index (N,) of the nearest centre in squared distance, of points (N, D)."""
-    bias = centres.square().sum(-1) / 2
-    return torch.cat([(part @ centres.T - bias).argmax(-1) for part in points.split(chunk)])
+    def _num_used(self) -> int:
+        # from the global generator, as the restarts of dead codes
+        if self.training and torch.rand(()) < self.dropout:
+            return int(torch.randint(1, self.num_codebooks, ()))
+        return self.num_codebooks

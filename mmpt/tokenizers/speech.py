@@ -1,62 +1,68 @@
-"""Speech codec: 16 kHz, 12.5 codes a second, one codebook, learned from text and sound together.
+"""Speech codec: 16 kHz, 12.5 positions a second, learned from text and sound together.
 
-Sound is cut into blocks of 0.8 s (10 codes). The encoder sees a block and the 0.8 s before it,
-never what follows, so encoding streams with 0.8 s latency and constant memory, and a block's codes
-are a pure function of 1.6 s of samples. The codes must both spell the transcript (CTC after
-fourfold upsampling) and rebuild the log-mel frames. Decoding runs the same way, block by block;
-Griffin-Lim turns mel frames into a wave.
+Sound is cut into blocks (0.8 s, 10 positions, unless a config says otherwise). The encoder sees a
+block and the context before it, never what follows, so encoding streams with the latency of a block
+and constant memory, for sound of any length. The codes must both spell the transcript (CTC after
+fourfold upsampling; text teaches the codes, as in GLM-4-Voice, arXiv 2412.02612) and rebuild the
+log-mel frames. Decoding runs the same way, block by block; a vocoder makes waves of mel frames.
 
-Legend: B batch, N samples, T mel frames (100 a second), n codes, D width.
+Legend: B batch, N samples, T mel frames (100 a second), n positions, Q codebooks, D width.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmpt.config import UserError
+from mmpt.config import UserError, to_dict
 from mmpt.tokenizers.base import Codec, tensors_of
-from mmpt.tokenizers.quantize import EMAVectorQuantizer
-from mmpt.tokenizers.vocoder import (
-    HOP,
-    NUM_MEL,
-    SAMPLE_RATE,
-    SILENCE,
-    WINDOW,
-    GriffinLim,
-    log_mel,
+from mmpt.tokenizers.quantize import QuantizerConfig, build_quantizer
+from mmpt.tokenizers.speech_stream import (
+    FRAMES_PER_CODE,
+    SAMPLES_PER_CODE,
+    SpeechDecodeStream,
+    SpeechStream,
 )
+from mmpt.tokenizers.vocoder import NUM_MEL, SAMPLE_RATE, WaveHead
 from mmpt.vocab import Modality
 
-FRAMES_PER_CODE = 8
-SAMPLES_PER_CODE = HOP * FRAMES_PER_CODE
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
 CTC_UPSAMPLING = 4
 
 
+def _default_quantizer() -> QuantizerConfig:
+    return QuantizerConfig(kind="ema", codebook_size=512, width=16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeechCodecConfig:
-    """Width and depth of both transformers; block and context in codes of 80 ms."""
+    """Width and depth of both transformers; block and context in positions of 80 ms.
 
-    codebook_size: int = 512
-    code_width: int = 16
+    vocoder: griffin-lim has no weights; istft is a small causal network of `vocoder_width`.
+    """
+
+    quantizer: QuantizerConfig = field(default_factory=_default_quantizer)
     width: int = 192
     num_layers: int = 4
     num_heads: int = 4
     block: int = 10
     context: int = 10
+    vocoder: Literal["griffin-lim", "istft"] = "griffin-lim"
+    vocoder_width: int = 128
 
     def __post_init__(self) -> None:
-        if min(dataclasses.astuple(self)) < 1:
-            raise UserError(f"{self}: every value must be 1 or more")
+        for name in ("width", "num_layers", "num_heads", "block", "vocoder_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}; use 1 or more")
+        if self.context < 0:
+            raise UserError(f"context = {self.context}; use 0 or more")
         if self.width % (2 * self.num_heads):
             raise UserError(f"width = {self.width} is no multiple of {2 * self.num_heads}")
-        if self.context > self.block:
-            raise UserError(f"context = {self.context} is longer than block = {self.block}")
 
 
 class Attention(nn.Module):
@@ -76,7 +82,9 @@ class Attention(nn.Module):
         """(B, n, D) -> same; everything in the window sees everything."""
         qkv = rearrange(self.qkv(self.norm1(x)), "b n (p h d) -> p b h n d", p=3, h=self.num_heads)
         q, k, v = _rotate(qkv[0]), _rotate(qkv[1]), qkv[2]
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        # windows are short: the fused attention of PyTorch takes five times as long, backwards
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        mixed = weights.to(v.dtype) @ v
         x = x + self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 
@@ -92,7 +100,7 @@ def _rotate(x: Tensor) -> Tensor:
 
 
 class SpeechCodec(Codec):
-    """wave: float (B, N) at 16 kHz in [-1, 1] -> codes int64 (B, ceil(N / 1280), 1)."""
+    """wave: float (B, N) at 16 kHz in [-1, 1] -> codes int64 (B, ceil(N / 1280), Q)."""
 
     kind = "speech"
     modality = Modality.SPEECH
@@ -100,13 +108,12 @@ class SpeechCodec(Codec):
     config: SpeechCodecConfig
     sample_rate = SAMPLE_RATE
     samples_per_code = SAMPLES_PER_CODE
-    mel_hop = HOP
 
     def __init__(self, config: SpeechCodecConfig) -> None:
         super().__init__(config)
         width = config.width
-        self.quantizer = EMAVectorQuantizer(config.codebook_size, config.code_width)
-        # one position is two codes' half: 25 a second inside, 12.5 after pooling
+        self.quantizer = build_quantizer(config.quantizer)
+        # two places a position: 25 a second inside, 12.5 after pooling
         self.stem = nn.Sequential(
             nn.Linear(NUM_MEL * FRAMES_PER_CODE // 2, 2 * width),
             nn.GELU(),
@@ -116,9 +123,9 @@ class SpeechCodec(Codec):
             *[Attention(width, config.num_heads) for _ in range(config.num_layers)]
         )
         self.to_latents = nn.Sequential(
-            nn.RMSNorm(2 * width), nn.Linear(2 * width, config.code_width)
+            nn.RMSNorm(2 * width), nn.Linear(2 * width, self.quantizer.width)
         )
-        self.from_latents = nn.Linear(config.code_width, 2 * width)
+        self.from_latents = nn.Linear(self.quantizer.width, 2 * width)
         self.decoder = nn.Sequential(
             *[Attention(width, config.num_heads) for _ in range(config.num_layers)]
         )
@@ -138,14 +145,29 @@ class SpeechCodec(Codec):
             nn.RMSNorm(width),
             nn.Linear(width, CTC_UPSAMPLING // 2 * (1 + len(CHARACTERS))),
         )
+        if config.vocoder == "istft":
+            self.wave_head = WaveHead(config.vocoder_width)
+
+    @classmethod
+    def upgrade(cls, config: dict[str, Any], version: int) -> dict[str, Any]:
+        """Format 1 knew moving averages only, with size and width of the codebook at the top."""
+        if version < 2 and "codebook_size" in config:
+            rest = {k: v for k, v in config.items() if k not in ("codebook_size", "code_width")}
+            size, width = config["codebook_size"], config.get("code_width", 16)
+            return rest | {"quantizer": {"kind": "ema", "codebook_size": size, "width": width}}
+        return config
 
     @property
     def codebook_size(self) -> int:
-        return self.config.codebook_size
+        return self.quantizer.codebook_size
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.quantizer.num_codebooks
 
     @property
     def rate(self) -> str:
-        return f"{SAMPLE_RATE / SAMPLES_PER_CODE} codes a second"
+        return f"{SAMPLE_RATE / SAMPLES_PER_CODE * self.num_codebooks} codes a second"
 
     @property
     def block_samples(self) -> int:
@@ -153,25 +175,40 @@ class SpeechCodec(Codec):
         return self.config.block * SAMPLES_PER_CODE
 
     @property
+    def latency(self) -> float:
+        """Seconds that a streamed wave is late after encoding and decoding: a block and 30 ms."""
+        return self.block_samples / SAMPLE_RATE + SpeechDecodeStream.delay / SAMPLE_RATE
+
+    @property
     def bits_per_second(self) -> float:
-        """Codes a second times log2 of the codebook."""
-        return SAMPLE_RATE / SAMPLES_PER_CODE * math.log2(self.codebook_size)
+        """Positions a second times codebooks times log2 of their size."""
+        bits = self.num_codebooks * math.log2(self.codebook_size)
+        return SAMPLE_RATE / SAMPLES_PER_CODE * bits
 
     def code_latents(self) -> Tensor:
+        if self.num_codebooks > 1:
+            return super().code_latents()
         return self.quantizer.lookup(torch.arange(self.codebook_size, device=self.device)[:, None])
 
+    def defining_config(self) -> dict[str, Any]:
+        """Without the vocoder, and without options of quantisers that are at their default."""
+        config, plain = to_dict(self.config), to_dict(QuantizerConfig())
+        chosen = {k: v for k, v in config["quantizer"].items() if v != plain[k]}
+        config = {k: v for k, v in config.items() if not k.startswith("vocoder")}
+        return config | {"quantizer": {"kind": self.config.quantizer.kind, **chosen}}
+
     def defining_tensors(self) -> dict[str, Tensor]:
-        codebook = {"quantizer.codebook": self.quantizer.codebook}
-        return tensors_of(self, ("stem", "encoder", "to_latents")) | codebook
+        state = tensors_of(self, ("stem", "encoder", "to_latents", "quantizer"))
+        # what moving averages still remember defines no code
+        return {k: v for k, v in state.items() if not k.endswith((".counts", ".sums"))}
 
     def encode_features(self, mel: Tensor) -> Tensor:
         """Log-mel (B, T, 80), T a multiple of the block -> unquantised features (B, n, width)."""
-        windows = self._windows(mel, FRAMES_PER_CODE)
-        return self._unwindow(self._encode_windows(windows), mel.shape[0])
+        return self._unwindow(self.encode_windows(self._windows(mel, FRAMES_PER_CODE)), len(mel))
 
     def decode_mel(self, latents: Tensor) -> Tensor:
         """Quantised latents (B, n, width), n a multiple of the block -> log-mel (B, 8 n, 80)."""
-        return self._unwindow(self._decode_windows(self._windows(latents, 1)), latents.shape[0])
+        return self._unwindow(self.decode_windows(self._windows(latents, 1)), len(latents))
 
     def spell(self, latents: Tensor) -> Tensor:
         """CTC logits (B, 4 n, 29) at 50 a second; class 0 is blank. Used in training only."""
@@ -204,12 +241,14 @@ class SpeechCodec(Codec):
         """(B blocks, w, d), of each window its block alone -> (B, blocks w, d)."""
         return rearrange(x, "(b k) w d -> b (k w) d", b=batch)
 
-    def _encode_windows(self, mel: Tensor) -> Tensor:
+    def encode_windows(self, mel: Tensor) -> Tensor:
+        """Log-mel (B, 8 (context + block), 80) -> features of the block (B, block, width)."""
         x = self.stem(rearrange(mel, "b (n f) m -> b n (f m)", f=FRAMES_PER_CODE // 2))
         x = rearrange(self.encoder(x), "b (n p) d -> b n (p d)", p=2)
         return self.to_latents(x)[:, self.config.context :]
 
-    def _decode_windows(self, latents: Tensor) -> Tensor:
+    def decode_windows(self, latents: Tensor) -> Tensor:
+        """Latents (B, context + block, width) -> log-mel of the block (B, 8 block, 80)."""
         x = rearrange(self.from_latents(latents), "b n (p d) -> b (n p) d", p=2)
         x = self.to_mel(self.decoder(x))
         mel = rearrange(x, "b n (f m) -> b m (n f)", m=NUM_MEL)
@@ -218,11 +257,9 @@ class SpeechCodec(Codec):
 
     @torch.inference_mode()
     def encode(self, wave: Tensor) -> Tensor:
-        """Codes (B, ceil(N / 1280), 1): pushing each wave through a stream."""
-        if wave.ndim != 2 or wave.shape[1] == 0 or not torch.isfinite(wave).all():
-            raise UserError(
-                f"wave must be (batch, samples), finite, not empty; got {tuple(wave.shape)}"
-            )
+        """Codes (B, ceil(N / 1280), Q): pushing each wave through a stream."""
+        if wave.ndim != 2 or wave.numel() == 0:
+            raise UserError(f"wave must be (batch, samples), not empty; got {tuple(wave.shape)}")
         out = []
         for samples in wave:
             stream = self.stream()
@@ -239,112 +276,58 @@ class SpeechCodec(Codec):
             out.append(torch.cat([stream.push(row), stream.flush()]))
         return torch.stack(out)
 
-    def stream(self) -> "SpeechStream":
-        """Samples in, codes out, 0.8 s late."""
+    def stream(self) -> SpeechStream:
+        """Samples in, codes out, a block late."""
         return SpeechStream(self)
 
-    def decode_stream(self) -> "SpeechDecodeStream":
+    def decode_stream(self) -> SpeechDecodeStream:
         """Codes in, samples out."""
         return SpeechDecodeStream(self)
 
 
-class SpeechStream:
-    """push(samples (any,)) -> codes (n, 1). Units: one block of samples, and the one before it."""
-
-    def __init__(self, codec: SpeechCodec) -> None:
-        self.codec = codec
-        # a window more than the context, so that its first mel frames are exact
-        self._history = codec.config.context * SAMPLES_PER_CODE + WINDOW
-        self._past = torch.zeros(self._history, device=codec.device)
-        self._waiting = torch.zeros(0, device=codec.device)
-        self._begun = False
-
-    @torch.inference_mode()
-    def push(self, samples: Tensor) -> Tensor:
-        """Codes of the blocks that are complete."""
-        self._waiting = torch.cat([self._waiting, samples.to(self.codec.device, torch.float32)])
-        size, codes = self.codec.block_samples, [self._empty()]
-        while len(self._waiting) >= size:
-            codes.append(self._unit(self._waiting[:size]))
-            self._waiting = self._waiting[size:].clone()
-        return torch.cat(codes)
-
-    @torch.inference_mode()
-    def flush(self) -> Tensor:
-        """Codes of the tail, padded with silence; one code for every 1,280 samples begun."""
-        if not len(self._waiting):
-            return self._empty()
-        wanted = math.ceil(len(self._waiting) / SAMPLES_PER_CODE)
-        tail = F.pad(self._waiting, (0, self.codec.block_samples - len(self._waiting)))
-        self._waiting = self._waiting[:0]
-        return self._unit(tail)[:wanted]
-
-    def _unit(self, block: Tensor) -> Tensor:
-        codec = self.codec
-        seen = torch.cat([self._past, block])
-        self._past = seen[-self._history :].clone()
-        with torch.autocast(codec.device.type, enabled=False):
-            mel = log_mel(seen[None])[:, WINDOW // HOP :]
-            if not self._begun:  # before the first sample there is no frame, not a silent one
-                mel[:, : codec.config.context * FRAMES_PER_CODE] = 0
-                self._begun = True
-            return codec.quantizer(codec._encode_windows(mel)).codes[0]
-
-    def _empty(self) -> Tensor:
-        return torch.zeros((0, 1), dtype=torch.int64, device=self.codec.device)
-
-
-class SpeechDecodeStream:
-    """push(codes (n, 1)) -> samples. Units: one block of codes with the block before it."""
-
-    def __init__(self, codec: SpeechCodec) -> None:
-        self.codec = codec
-        self._past: Tensor | None = None
-        self._waiting = torch.zeros((0, 1), dtype=torch.int64, device=codec.device)
-        self._vocoder = GriffinLim(codec.config.block * FRAMES_PER_CODE, codec.device)
-        self._late = GriffinLim.DELAY  # samples still to drop: they fall before the first code
-        self._owed = 0  # samples that the codes so far stand for and that are not out yet
-
-    @torch.inference_mode()
-    def push(self, codes: Tensor) -> Tensor:
-        """Samples of the blocks that are complete, 30 ms late."""
-        if len(codes):
-            codes = self.codec.check_codes(codes, 2)
-        self._waiting = torch.cat([self._waiting, codes.to(self.codec.device)])
-        block, wave = self.codec.config.block, [torch.zeros(0, device=self.codec.device)]
-        while len(self._waiting) >= block:
-            wave.append(self._unit(self._waiting[:block], block))
-            self._waiting = self._waiting[block:]
-        return torch.cat(wave)
-
-    @torch.inference_mode()
-    def flush(self) -> Tensor:
-        """The samples that are left: 1,280 for each code in all."""
-        count, block = len(self._waiting), self.codec.config.block
-        if self._past is None and not count:
-            return torch.zeros(0, device=self.codec.device)
-        owed, wave = self._owed + count * SAMPLES_PER_CODE, []
-        if count:
-            tail = torch.cat([self._waiting, self._waiting[-1:].expand(block - count, 1)])
-            self._waiting = self._waiting[:0]
-            wave.append(self._unit(tail, count))
-        silence = torch.full((1, block * FRAMES_PER_CODE, NUM_MEL), SILENCE)
-        wave.append(self._vocode(silence.to(self.codec.device)))
-        return torch.cat(wave)[:owed]
-
-    def _unit(self, codes: Tensor, count: int) -> Tensor:
-        codec = self.codec
-        with torch.autocast(codec.device.type, enabled=False):
-            latents = codec.quantizer.lookup(codes)[None]
-            past = torch.zeros_like(latents) if self._past is None else self._past
-            self._past = latents
-            mel = codec._decode_windows(torch.cat([past[:, -codec.config.context :], latents], 1))
-        mel[:, count * FRAMES_PER_CODE :] = SILENCE
-        self._owed += count * SAMPLES_PER_CODE
-        return self._vocode(mel)
-
-    def _vocode(self, mel: Tensor) -> Tensor:
-        wave = self._vocoder.push(mel)[self._late :]
-        self._late = 0
-        self._owed -= len(wave)
-        return wave
+# by name: where the shape comes from, and the shape
+PRESETS: Mapping[str, tuple[str, SpeechCodecConfig]] = {
+    "glm-4-voice": (
+        "GLM-4-Voice (arXiv 2412.02612): 16,384 codes at 12.5 Hz, 175 bit/s, blocks of 2 s; 16 of "
+        "Whisper's layers there, as many of ours here",
+        SpeechCodecConfig(
+            quantizer=QuantizerConfig(kind="ema", codebook_size=16_384, width=64),
+            width=1024,
+            num_layers=16,
+            num_heads=16,
+            block=25,
+            context=25,
+        ),
+    ),
+    "mimi": (
+        "Mimi (arXiv 2410.00037): 8 residual codebooks of 2,048 at 12.5 Hz, 1,100 bit/s; blocks of "
+        "160 ms here, frames of 80 ms and convolutions on 24 kHz there",
+        SpeechCodecConfig(
+            quantizer=QuantizerConfig(
+                kind="ema", codebook_size=2048, width=256, num_codebooks=8, dropout=0.5
+            ),
+            width=512,
+            num_layers=8,
+            num_heads=8,
+            block=2,
+            context=23,
+        ),
+    ),
+    "speech-512": ("small; the shipped speech-12hz, 112.5 bit/s", SpeechCodecConfig()),
+    "speech-1k": (
+        "small; 125 bit/s",
+        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=1024, width=16)),
+    ),
+    "speech-2k": (
+        "small; 137.5 bit/s",
+        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=2048, width=16)),
+    ),
+    "speech-8x256": (
+        "small; residual, 8 codebooks of 256, 800 bit/s",
+        SpeechCodecConfig(
+            quantizer=QuantizerConfig(
+                kind="ema", codebook_size=256, width=32, num_codebooks=8, dropout=0.5
+            )
+        ),
+    ),
+}

@@ -2,82 +2,223 @@
 
 One loop for every medium; what differs is the objective. Batch and randomness of a step are a pure
 function of (seed, step), so a killed run that resumes from its last checkpoint equals one that was
-never killed. The exponential average of the weights is what is saved.
+never killed. The exponential average of the weights is what is saved. torchrun shares the batch
+among processes.
 """
 
-import copy
 import json
+import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from mmpt.config import UserError, load_recipe, to_toml, write_atomic
-from mmpt.parts import Part, Text
-from mmpt.tokenizers.base import Codec, config_hash, load_codec
+from mmpt.config import UserError, to_toml, write_atomic
+from mmpt.parts import Text
+from mmpt.process import StopRequest
+from mmpt.tokenizers.base import Codec, load_codec
+from mmpt.tokenizers.checkpoint import State
+from mmpt.tokenizers.health import Unhealthy
 from mmpt.tokenizers.objectives import OBJECTIVES, Objective
-from mmpt.tokenizers.recipe import CodecRecipe, read_parts
+from mmpt.tokenizers.processes import Processes
+from mmpt.tokenizers.recipe import CodecRecipe, load_codec_recipe, read_parts, read_split
+from mmpt.tokenizers.samples import Samples
 from mmpt.tokenizers.text import TextCodec
 from mmpt.tokenizers.video import VideoCodec
+
+log = logging.getLogger(__name__)
 
 
 def train(recipe: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> dict:
     """Train the codec of RECIPE into OUT (default: build/ and the name of the recipe's folder).
 
-    The same command goes on after an interruption. The resolved recipe is written beside the codec,
-    unless OUT is the recipe's own folder.
+    The same command goes on after an interruption. OUT also gets train.jsonl, pictures of what is
+    rebuilt (samples/), and the resolved recipe, unless it is the recipe's own folder. On several
+    GPUs: torchrun --nproc-per-node 8 -m mmpt tokenizer train RECIPE.
     """
-    settings = load_recipe(CodecRecipe, recipe, overrides)
+    settings = load_codec_recipe(recipe, overrides)
     home = Path(recipe).resolve().parent
     out = out or Path("build") / home.name  # never the shipped codec
-    documents = read_parts(settings.shards, heldout=False)
+    resolved = out / "recipe.toml" if out.resolve() != home else None
     if settings.kind == "text":
-        codec: Codec = TextCodec.train_on(
-            [part.text for parts in documents for part in parts if isinstance(part, Text)],
-            num_text=settings.num_text,
-        )
-        codec.save(out)
-        seconds = 0.0
-    else:
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as they were
-            codec, seconds = _train_network(settings, documents, out)
-    if out.resolve() != home:
-        write_atomic(out / "recipe.toml", to_toml(settings))
+        result = _train_text(settings, out)
+        if resolved:
+            write_atomic(resolved, to_toml(settings))
+        return result
+    with Processes(settings.device) as processes:
+        gpus = [processes.device] if processes.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):  # the caller's go on as they were
+            training = Training(settings, out, processes)
+            if resolved and processes.first:
+                write_atomic(resolved, to_toml(settings))
+            return training.run()
+
+
+def _train_text(recipe: CodecRecipe, out: Path) -> dict[str, Any]:
+    parts = [part for parts in read_parts(recipe.shards, heldout=False) for part in parts]
+    texts = [part.text for part in parts if isinstance(part, Text)]
+    codec = TextCodec.train_on(texts, num_text=recipe.num_text)
+    codec.save(out)
+    return _result(codec, out, 0.0)
+
+
+def _result(codec: Codec, out: Path, seconds: float) -> dict[str, Any]:
     return {"tokenizer": str(out), "fingerprint": codec.fingerprint, "seconds": round(seconds, 1)}
 
 
-def _train_network(
-    recipe: CodecRecipe, documents: list[list[Part]], out: Path
-) -> tuple[Codec, float]:
-    torch.manual_seed(recipe.seed)  # the initial weights; everything later has its own generator
-    objective = OBJECTIVES[recipe.kind](recipe, documents)
-    if recipe.start:
-        _go_on_from(recipe.start, objective)
-    state = _State(recipe, objective)
-    state_file, logs = out / "checkpoint.safetensors", out / "train.jsonl"
-    start, before = state.load(state_file) if state_file.is_file() else (0, 0.0)
-    _forget_from(logs, start)
-    began = time.monotonic()
-    with tqdm(total=recipe.steps, initial=start, desc=f"train {out.name}", mininterval=5) as bar:
-        for step in range(start, recipe.steps):
-            row = _step(recipe, objective, state, step)
-            bar.update()
-            if step % 50 == 0 or step + 1 == recipe.steps:
-                with logs.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{row['loss']:.4f}", used=row["used"])
-            if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
-                state.save(state_file, step + 1, before + time.monotonic() - began)
-    state.module.load_state_dict(state.average.state_dict())
-    objective.codec.eval().save(out)
-    state_file.unlink(missing_ok=True)
-    return objective.codec, before + time.monotonic() - began
+class Training:
+    """An objective, the state of its training, and the folder that it is written to."""
+
+    def __init__(self, recipe: CodecRecipe, out: Path, processes: Processes) -> None:
+        self.recipe, self.out, self.processes = recipe, out, processes
+        torch.manual_seed(recipe.seed)  # the initial weights; every step has its own randomness
+        documents, heldout = read_split(recipe.shards)
+        self.objective = OBJECTIVES[recipe.kind](recipe, documents)
+        if recipe.start:
+            _go_on_from(recipe.start, self.objective)
+        if recipe.loss.discriminator and self.objective.adversary is None:
+            log.warning("loss.discriminator has no effect on %s codecs", recipe.kind)
+        self.objective.to(processes.device)
+        self.state = State(recipe, self.objective)
+        self.samples = Samples(self.objective.codec, heldout, documents)
+        self.checkpoint = out / "checkpoint.safetensors"
+        self.first_step, self.seconds_before = 0, 0.0
+        if self.checkpoint.is_file():
+            self.first_step, self.seconds_before = self.state.load(self.checkpoint)
+        if not processes.first:  # counts that processes add up
+            self.objective.infeasible = 0
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, or until asked to stop; what the command line prints."""
+        recipe, logs, began = self.recipe, self.out / "train.jsonl", time.monotonic()
+        if self.processes.first:
+            _forget_from(logs, self.first_step)
+        with StopRequest() as stop, self._bar() as bar:
+            for step in range(self.first_step, recipe.steps):
+                row = self._healthy_step(step)
+                bar.update()
+                done, seconds = step + 1, self.seconds_before + time.monotonic() - began
+                if step % recipe.log_every == 0 or done == recipe.steps:
+                    bar.set_postfix(loss=row["loss"], used=row["used"])
+                    self._write(logs, row)
+                if recipe.samples_every and done % recipe.samples_every == 0:
+                    self._draw(done)
+                stopped = self.processes.any(stop.asked) and done < recipe.steps
+                if stopped or (done % recipe.checkpoint_every == 0 and done < recipe.steps):
+                    self._save(done, seconds)
+                if stopped:
+                    return self._stopped(done, seconds)
+        return self._finish(self.seconds_before + time.monotonic() - began)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One step; returns its row of the log. Raises Unhealthy when it should be the last."""
+        recipe, state, objective = self.recipe, self.state, self.objective
+        lr = _learning_rate(recipe, step)
+        state.optimizer.param_groups[0]["lr"] = lr
+        torch.manual_seed(hash((recipe.seed, step)) % 2**31)  # restarts of dead codes draw from it
+        drawn = objective.batch(np.random.default_rng((recipe.seed, 2, step)), recipe.batch)
+        batch, share = self.processes.share_of(drawn)
+        buffers = [buffer.clone() for buffer in state.module.buffers()]
+        with state.health.listening(), self._autocast():
+            loss, metrics = objective.loss(batch, step)
+        norm = self._gradients(loss * share)
+        row = self.processes.metrics({"loss": float(loss.detach()), **metrics}, share)
+        good = math.isfinite(row["loss"]) and math.isfinite(norm)
+        if good:
+            state.optimizer.step()
+            row |= self._update_adversary(step, share)
+        else:  # what it left in moving averages goes, too
+            for buffer, before in zip(state.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        self.processes.same_buffers(state.module)
+        state.update_average(min(recipe.ema, (1 + step) / (10 + step)))
+        if "infeasible" in row:
+            objective.infeasible = row["infeasible"] if self.processes.first else 0
+        row |= state.health.update(self.processes, step)
+        bad_steps = state.bad_steps.update(step, lr, good=good)
+        row = {"step": step, **row, "norm": norm, "bad_steps": bad_steps}
+        return {name: _finite_or_none(value) for name, value in row.items()}
+
+    def _gradients(self, loss: torch.Tensor) -> float:
+        parameters = list(self.state.module.parameters())
+        self.state.optimizer.zero_grad()
+        loss.backward()
+        self.processes.average_gradients(parameters)
+        return float(nn.utils.clip_grad_norm_(parameters, 1.0))
+
+    def _update_adversary(self, step: int, share: float) -> dict[str, float]:
+        adversary = self.objective.adversary
+        if adversary is None or not adversary.active(step):
+            return {}
+        with self._autocast():
+            return adversary.update(self.processes, share)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.recipe.precision == "bf16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
+
+    def _healthy_step(self, step: int) -> dict[str, Any]:
+        try:
+            return self.step(step)
+        except Unhealthy as error:
+            kept = f"{self.checkpoint} stays" if self.checkpoint.is_file() else "no checkpoint yet"
+            raise UserError(f"{error} ({kept})") from None
+
+    def _write(self, logs: Path, row: dict[str, Any]) -> None:
+        if self.processes.first:
+            with logs.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _draw(self, done: int) -> None:
+        if self.processes.first:
+            with self.state.averaged():
+                self.samples.draw(self.out / "samples" / f"step-{done:06d}.png")
+
+    def _save(self, done: int, seconds: float) -> None:
+        if self.processes.first:
+            self.state.save(self.checkpoint, done, seconds)
+
+    def _stopped(self, done: int, seconds: float) -> dict[str, Any]:
+        if self.processes.first:
+            log.warning(
+                "stopped at step %d of %d; the same command goes on from %s",
+                done,
+                self.recipe.steps,
+                self.checkpoint,
+            )
+        return {
+            "tokenizer": str(self.out),
+            "finished": False,
+            "step": done,
+            "seconds": round(seconds, 1),
+            "exit_status": 130,
+        }
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        self.state.module.load_state_dict(self.state.average.state_dict())
+        codec = self.objective.codec.eval()
+        if self.processes.first:
+            codec.save(self.out)
+            self.checkpoint.unlink(missing_ok=True)
+        return _result(codec, self.out, seconds)
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.recipe.steps,
+            initial=self.first_step,
+            desc=f"train {self.out.name}",
+            unit="step",
+            disable=not self.processes.first,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file gets few lines
+            dynamic_ncols=True,
+        )
 
 
 def _go_on_from(start: str, objective: Objective) -> None:
@@ -91,22 +232,6 @@ def _go_on_from(start: str, objective: Objective) -> None:
         raise UserError(f"start = {start!r} extends another image codec than base")
 
 
-def _step(recipe: CodecRecipe, objective: Objective, state: "_State", step: int) -> dict:
-    """One step of training; returns its row of the log."""
-    state.optimizer.param_groups[0]["lr"] = _learning_rate(recipe, step)
-    torch.manual_seed(hash((recipe.seed, step)) % 2**31)  # restarts of dead codes draw from it
-    batch = objective.batch(np.random.default_rng((recipe.seed, 2, step)), recipe.batch)
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss, metrics = objective.loss(batch, step)
-    state.optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), 1.0)
-    if torch.isfinite(norm):
-        state.optimizer.step()
-    state.update_average(min(recipe.ema, (1 + step) / (10 + step)))
-    return {"step": step, "loss": float(loss.detach()), "norm": float(norm), **metrics}
-
-
 def _learning_rate(recipe: CodecRecipe, step: int) -> float:
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
@@ -114,74 +239,13 @@ def _learning_rate(recipe: CodecRecipe, step: int) -> float:
     return recipe.lr * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
 
-class _State:
-    """What a checkpoint holds: the module, its average, the optimizer, and counts."""
-
-    def __init__(self, recipe: CodecRecipe, objective: Objective) -> None:
-        self.recipe, self.objective = recipe, objective
-        self.module = objective.trained().train()
-        self.average = copy.deepcopy(self.module).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=recipe.lr,
-            betas=(0.9, 0.95),
-            weight_decay=recipe.weight_decay,
-        )
-
-    @torch.no_grad()
-    def update_average(self, decay: float) -> None:
-        """Move the average towards the module; buffers are copied."""
-        for mean, now in zip(self.average.parameters(), self.module.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
-        for mean, now in zip(self.average.buffers(), self.module.buffers(), strict=True):
-            mean.copy_(now)
-
-    def save(self, path: Path, step: int, seconds: float) -> None:
-        """Write a checkpoint, atomically."""
-        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors = {key: value.contiguous() for key, value in tensors.items()}
-        meta = {
-            "step": str(step),
-            "seconds": str(seconds),
-            "infeasible": str(self.objective.infeasible),
-            "recipe": config_hash(self.recipe),
-        }
-        write_atomic(path, safetensors.torch.save(tensors, metadata=meta))
-
-    def load(self, path: Path) -> tuple[int, float]:
-        """Read what `save` wrote: steps done and the seconds that they took."""
-        another = UserError(f"{path} belongs to another recipe; remove it to start anew")
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                meta = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it to start anew") from None
-        if meta.get("recipe", config_hash(self.recipe)) != config_hash(self.recipe):
-            raise another
-        try:
-            for prefix, target in (("module.", self.module), ("average.", self.average)):
-                target.load_state_dict(_below(prefix, tensors))
-        except RuntimeError:
-            raise another from None
-        saved = self.optimizer.state_dict()
-        for key, value in _below("optimizer.", tensors).items():
-            index, name = key.split(".", 1)
-            saved["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(saved)
-        self.objective.infeasible = int(meta.get("infeasible", 0))
-        return int(meta["step"]), float(meta["seconds"])
-
-
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def _forget_from(logs: Path, step: int) -> None:
     """Drop the rows of steps that will be done again; the last may be half a row."""
     rows = logs.read_text().splitlines(keepends=True) if logs.is_file() else []
     kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
     write_atomic(logs, "".join(kept))
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,71 +1,38 @@
-"""Video codec: the image codec for the first frame, then one latent for every four frames.
+"""Video codec: the image codec inflated in time; one latent for every four frames after the first.
 
-Strictly causal in time. A state at latent resolution says what the decoder knows so far; the
-encoder of the next four frames sees the state and codes what is new, so a still background costs
-the same code again and again. The first frame's codes are the image codec's, by construction.
+Strictly causal, with a memory of fixed size: the last input of each convolution over latents. The
+loop is closed: the encoder holds the decoder, sees what it knows and shows, and codes what is new.
+The first frame is the image codec's own path, so an image is a one-frame video.
 
-Legend: B batch, T frames (1 + 4n), t latents (1 + n), C state width, h w codes (an eighth).
+Legend: B batch, T frames (1 + 4n), c features of the image codec, h w codes, Q codebooks.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from mmpt import hub
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
 from mmpt.tokenizers.base import FORMAT_VERSION, Codec, load_codec, tensors_of
-from mmpt.tokenizers.image import Block, ChannelNorm, ImageCodec, check_pixels
+from mmpt.tokenizers.image import FACTOR, ImageCodec, check_pixels
+from mmpt.tokenizers.quantize import Quantized
+from mmpt.tokenizers.temporal import GROUP as GROUP  # part of this file's interface
+from mmpt.tokenizers.temporal import Known, Memory, Temporal
+from mmpt.tokenizers.temporal import VideoCodecConfig as VideoCodecConfig
 from mmpt.vocab import Modality
 
 OWN_IMAGE = "image"  # folder of the copy of an image codec that has no place of its own
-GROUP = 4  # frames that one latent after the first stands for
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoCodecConfig:
-    """image: name and fingerprint of the image codec inside; width of the temporal state."""
-
-    image: str = ""
-    image_fingerprint: str = ""
-    width: int = 128
-    num_blocks: int = 2
-
-
-class Temporal(nn.Module):
-    """What the video codec adds: code the next four frames given the state, and advance it."""
-
-    def __init__(self, config: VideoCodecConfig, image: ImageCodec) -> None:
-        super().__init__()
-        width, seen = config.width, image.config.encoder_width
-        made, latent = image.config.decoder_width, image.quantizer.width
-        self.start = nn.Conv2d(latent, width, 3, padding=1)
-        self.see = nn.Conv2d(GROUP * seen, width, 1)
-        self.encode = nn.Sequential(*[Block(width) for _ in range(config.num_blocks)])
-        self.to_latents = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, latent, 1))
-        self.from_latents = nn.Conv2d(latent, width, 3, padding=1)
-        self.advance = nn.Sequential(*[Block(width) for _ in range(config.num_blocks + 1)])
-        self.norm = ChannelNorm(width)
-        self.to_frames = nn.Conv2d(width, GROUP * made, 1)
-
-    def latents(self, features: Tensor, state: Tensor) -> Tensor:
-        """Image features (B, 4, c, h, w) and state (B, C, h, w) -> latents before rounding."""
-        seen = self.see(rearrange(features, "b g c h w -> b (g c) h w"))
-        return self.to_latents(self.encode(seen + state))
-
-    def step(self, latents: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantised latents -> the next state, and the decoder's input (B, 4, c, h, w)."""
-        state = self.norm(self.advance(state + self.from_latents(latents)))
-        return state, rearrange(self.to_frames(state), "b (g c) h w -> b g c h w", g=GROUP)
 
 
 class VideoCodec(Codec):
-    """pixels: float (B, T, 3, H, W) in [-1, 1], T = 1 + 4n -> codes int64 (B, 1 + n, h, w, 1).
+    """pixels: float (B, T, 3, H, W) in [-1, 1], T = 1 + 4n -> codes int64 (B, 1 + n, h, w, Q).
 
     A tail of fewer than four frames is filled by repeating its last one.
     """
@@ -77,12 +44,8 @@ class VideoCodec(Codec):
 
     def __init__(self, config: VideoCodecConfig, image: ImageCodec) -> None:
         if not config.image:
-            config = VideoCodecConfig(
-                image=image.name or OWN_IMAGE,
-                image_fingerprint=image.fingerprint,
-                width=config.width,
-                num_blocks=config.num_blocks,
-            )
+            names = {"image": image.name or OWN_IMAGE, "image_fingerprint": image.fingerprint}
+            config = replace(config, **names)
         super().__init__(config)
         self.image = image.requires_grad_(False).eval()
         self.temporal = Temporal(config, image)
@@ -92,35 +55,79 @@ class VideoCodec(Codec):
         return self.image.codebook_size
 
     @property
+    def num_codebooks(self) -> int:
+        return self.image.num_codebooks
+
+    @property
     def rate(self) -> str:
-        return f"1 code per 8 x 8 pixels and {GROUP} frames (the first frame alone)"
+        return f"{self.image.rate} and {GROUP} frames (the first frame alone)"
+
+    def defining_config(self) -> dict[str, Any]:
+        """Without the image codec's name."""
+        return {k: v for k, v in to_dict(self.config).items() if k != "image"}
 
     def defining_tensors(self) -> dict[str, Tensor]:
-        return self.image.defining_tensors() | tensors_of(self, ("temporal",))
+        """All of it: the encoder sees what is shown, so that the decoder has a part in codes."""
+        return tensors_of(self, ("image", "temporal"))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Training pass: all frames but the first rebuilt (B, T - 1, 3, H, W), and codes."""
-        batch, num_frames = pixels.shape[:2]
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Quantized]:
+        """Training pass: the frames but the first rebuilt, (B, T - 1, 3, H, W), and what was coded.
+
+        Latents are (B, 1 + n, D, h, w); the first frame has no part in the loss.
+        """
         with torch.no_grad():
-            features = self.image.encoder(pixels.flatten(0, 1)).unflatten(0, (batch, num_frames))
-            first = self.image.quantize(features[:, 0])
-        state, frames, codes = self.temporal.start(first.latents), [], [first.codes]
-        for index in range(1, num_frames, GROUP):
-            raw = self.temporal.latents(features[:, index : index + GROUP], state)
-            quantized = self.image.quantizer(rearrange(raw, "b d h w -> b h w d"))
-            state, inputs = self.temporal.step(
-                rearrange(quantized.latents, "b h w d -> b d h w"), state
-            )
-            frames.append(inputs)
-            codes.append(quantized.codes)
-        inputs = torch.cat(frames, dim=1)
-        made = self.image.decoder(inputs.flatten(0, 1)).unflatten(0, (batch, num_frames - 1))
-        return made, torch.stack(codes, dim=1)
+            first = self.image.quantize(self.image.encoder(pixels[:, 0]))
+            picture = self.image.decoder(self.image.from_latents(first.latents)).clamp(-1, 1)
+        known, memory, kernels = self.begin(first.latents, picture), {}, self.kernels()
+        coded, frames = [first], []
+        for index in range(1, pixels.shape[1], GROUP):
+            coded.append(self.quantize(pixels[:, index : index + GROUP], known, memory))
+            frames.append(self.show(coded[-1].latents, known, kernels))
+        return torch.cat(frames, dim=1), _in_time(coded)
+
+    def begin(self, latents: Tensor, picture: Tensor) -> Known:
+        """What is known after the first frame: its latents (B, D, h, w), picture (B, 3, H, W)."""
+        memory: Memory = {}
+        context = self.temporal.context(latents, None, memory)
+        self.temporal.details(picture, context, memory)
+        return Known(memory, context, self.look(picture))
+
+    def quantize(self, frames: Tensor, known: Known, memory: Memory) -> Quantized:
+        """Four frames (B, 4, 3, H, W) -> latents (B, D, h, w) and codes (B, h, w, Q).
+
+        The latents that the image codec has for their mean, changed by what was learnt.
+        """
+        seen = torch.cat([frames, frames.mean(dim=1, keepdim=True)], dim=1)
+        features = self.look(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+        still = self.image.to_latents(features[:, GROUP])
+        raw = still + self.temporal.latents(features, known, memory)
+        out = self.image.quantizer(rearrange(raw, "b d h w -> b h w d"))
+        out.latents = rearrange(out.latents, "b h w d -> b d h w")
+        return out
+
+    def show(self, latents: Tensor, known: Known, kernels: dict[str, Tensor]) -> Tensor:
+        """Latents (B, D, h, w) -> four frames (B, 4, 3, H, W), not clipped; then they are known."""
+        known.context = self.temporal.context(latents, known.shown, known.memory)
+        inputs = self.image.from_latents(latents) + self.temporal.to_input(known.context)
+        picture = functional_call(self.image.decoder, kernels, (inputs,))
+        frames = self.temporal.frames(picture, known.context, known.memory)
+        known.shown = self.look(frames[:, -1].clamp(-1, 1))
+        return frames
+
+    @torch.no_grad()
+    def look(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, H, W) -> image features (n, c, h, w); no gradient goes back."""
+        return self.image.encoder(pictures.float())
+
+    def kernels(self) -> dict[str, Tensor]:
+        """The kernels of the image decoder that later pictures are drawn with, where changed."""
+        adapt = self.temporal.adapt
+        return {} if adapt is None else adapt(self.image.decoder)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, 1 + n, h, w, 1): pushing each clip through a stream."""
-        check_pixels(pixels, 5)
+        """Codes (B, 1 + n, h, w, Q): pushing each clip through a stream."""
+        check_pixels(pixels, 5, factor=self.image.factor)
         return torch.stack([_run(self.stream(), clip) for clip in pixels])
 
     @torch.inference_mode()
@@ -134,7 +141,7 @@ class VideoCodec(Codec):
         return VideoStream(self)
 
     def decode_stream(self) -> "VideoDecodeStream":
-        """Codes in, frames out."""
+        """Codes in, frames out; memory does not grow with length."""
         return VideoDecodeStream(self)
 
     def save(self, folder: str | Path) -> None:
@@ -171,31 +178,36 @@ class VideoCodec(Codec):
 
 
 class VideoStream:
-    """push(pixels (n, 3, H, W)) -> codes (t, h, w, 1). Units: the first frame; then four frames."""
+    """push(pixels (n, 3, H, W)) -> codes (t, h, w, Q). Units: the first frame; then four frames."""
 
     def __init__(self, codec: VideoCodec) -> None:
         self.codec = codec
+        self.memory: Memory = {}
+        self.decoder = VideoDecodeStream(codec)  # so that it knows what is shown
         self._waiting: list[Tensor] = []
-        self._state: Tensor | None = None
         self._size: tuple[int, int] | None = None
 
     @torch.inference_mode()
     def push(self, pixels: Tensor) -> Tensor:
         """Codes of the units that are complete."""
+        codec, factor = self.codec, self.codec.image.factor
         if len(pixels):
-            check_pixels(pixels, 4)
+            check_pixels(pixels, 4, factor=factor)
             size = (pixels.shape[-2], pixels.shape[-1])
             if self._size not in (None, size):
-                raise UserError(f"frames change their size from {self._size} to {size}")
+                raise UserError(
+                    f"frames change their size from {self._size} to {size} (height, width); "
+                    "begin a new stream"
+                )
             self._size = size
         codes = []
-        for frame in pixels.to(self.codec.device, torch.float32):
+        for frame in pixels.to(codec.device, torch.float32):
             self._waiting.append(frame)
-            if self._state is None or len(self._waiting) == GROUP:
+            if self.decoder.known is None or len(self._waiting) == GROUP:
                 codes.append(self._unit())
-        height, width = (side // 8 for side in self._size or (0, 0))
-        empty = torch.zeros((0, height, width, 1), dtype=torch.int64, device=self.codec.device)
-        return torch.cat([empty, *codes])
+        height, width = (side // factor for side in self._size or (0, 0))
+        shape = (0, height, width, codec.num_codebooks)
+        return torch.cat([torch.zeros(shape, dtype=torch.int64, device=codec.device), *codes])
 
     def flush(self) -> Tensor:
         """Codes of the tail, filled by repeating its last frame."""
@@ -205,48 +217,54 @@ class VideoStream:
         return self.push(self._waiting[-1][None].expand(missing, -1, -1, -1))
 
     def _unit(self) -> Tensor:
-        codec, frames = self.codec, torch.stack(self._waiting)
+        codec, frames, known = self.codec, torch.stack(self._waiting), self.decoder.known
         self._waiting = []
-        if self._state is None:
-            codes = codec.image.encode_unit(frames)
-            self._state = codec.temporal.start(codec.image.lookup(codes))
-            return codes
         with torch.autocast(codec.device.type, enabled=False):
-            features = codec.image.encoder(frames)[None]
-            raw = codec.temporal.latents(features, self._state)
-            codes = codec.image.quantizer(rearrange(raw, "b d h w -> b h w d")).codes
-            self._state, _ = codec.temporal.step(codec.image.lookup(codes), self._state)
+            if known is None:
+                codes = codec.image.encode_unit(frames)
+            else:
+                codes = codec.quantize(frames[None], known, self.memory).codes
+        self.decoder.push(codes)
         return codes
 
 
 class VideoDecodeStream:
-    """push(codes (t, h, w, 1)) -> pixels (frames, 3, H, W), one latent at a time."""
+    """push(codes (t, h, w, Q)) -> pixels (frames, 3, H, W), one latent at a time."""
 
     def __init__(self, codec: VideoCodec) -> None:
         self.codec = codec
-        self._state: Tensor | None = None
+        self.known: Known | None = None
+        self._kernels: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def push(self, codes: Tensor) -> Tensor:
         """The frames of every latent handed in: one for the first, four for each other."""
         codec = self.codec
-        height, width = (8 * side for side in codes.shape[1:3])
-        frames = [torch.zeros((0, 3, height, width), device=codec.device)]
         if len(codes):
             codes = codec.check_codes(codes, 4)
+        height, width = (codec.image.factor * side for side in codes.shape[1:3])
+        frames = [torch.zeros((0, 3, height, width), device=codec.device)]
         for unit in codes[:, None]:
-            if self._state is None:
-                self._state = codec.temporal.start(codec.image.lookup(unit))
-                frames.append(codec.image.decode_unit(unit))
-                continue
-            with torch.autocast(codec.device.type, enabled=False):
-                latents = codec.image.lookup(unit)
-                self._state, inputs = codec.temporal.step(latents, self._state)
-                frames.append(codec.image.decoder(inputs[0]).clamp(-1, 1))
+            frames.append(self._unit(unit))
         return torch.cat(frames)
 
     def flush(self) -> None:
         """Nothing waits."""
+
+    def _unit(self, codes: Tensor) -> Tensor:
+        codec = self.codec
+        with torch.autocast(codec.device.type, enabled=False):
+            latents = codec.image.lookup(codes)
+            if self.known is None:
+                picture = codec.image.decode_unit(codes)
+                self.known, self._kernels = codec.begin(latents, picture), codec.kernels()
+                return picture
+            if latents.shape[2:] != self.known.context.shape[2:]:
+                raise UserError(
+                    f"codes change their size from {tuple(self.known.context.shape[2:])} to "
+                    f"{tuple(latents.shape[2:])} (height, width); begin a new stream"
+                )
+            return codec.show(latents, self.known, self._kernels)[0].clamp(-1, 1)
 
 
 def _image_codecs(folder: Path, name: str) -> dict[str, ImageCodec]:
@@ -261,11 +279,25 @@ def _image_codecs(folder: Path, name: str) -> dict[str, ImageCodec]:
     return found
 
 
+def _in_time(coded: list[Quantized]) -> Quantized:
+    """The latents and codes of a clip; the mean of what the quantiser asks of later frames."""
+    parts = {
+        name: torch.stack([later.parts[name] for later in coded[1:]]).mean()
+        for name in coded[-1].parts
+    }
+    return Quantized(
+        torch.stack([one.latents for one in coded], dim=1),
+        torch.stack([one.codes for one in coded], dim=1),
+        torch.stack([later.loss for later in coded[1:]]).mean(),
+        parts,
+    )
+
+
 def _run(stream: VideoStream, pixels: Tensor) -> Tensor:
     return torch.cat([stream.push(pixels), stream.flush()])
 
 
-def pad_to_factor(pixels: Tensor, factor: int = 8) -> Tensor:
+def pad_to_factor(pixels: Tensor, factor: int = FACTOR) -> Tensor:
     """Repeat the right and lower edge of (n, 3, H, W) until `factor` divides both sides."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % factor, 0, -height % factor), mode="replicate")

@@ -9,9 +9,7 @@ checkpoint and return.
 import json
 import logging
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ from mmpt.config import UserError
 from mmpt.data.loader import Loader, mix_keys
 from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
+from mmpt.process import StopRequest, pick_device
 from mmpt.tokenizers import load as load_codec
 from mmpt.train.checkpoint import (
     begun_with,
@@ -111,13 +110,14 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
     model = Decoder.from_config(recipe.model, seed=recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
     for codec in map(load_codec, recipe.codes_from):
-        code_range = vocabulary.range_of(codec.modality)
-        if code_range.fingerprints[codec.modality.name.lower()] != codec.fingerprint:
+        if vocabulary.fingerprint_of(codec.modality) != codec.fingerprint:
             raise UserError(
                 f"codes_from: the vocabulary has no ids of {codec.name} {codec.fingerprint}; "
                 "name the tokenizers that encoded the data"
             )
-        initialise_codes(model, code_range, codec.code_latents(), generator)
+        ranges, latents = vocabulary.ranges_of(codec.modality), codec.code_latents()
+        for code_range, book in zip(ranges, latents if len(ranges) > 1 else [latents], strict=True):
+            initialise_codes(model, code_range, book, generator)
     objective = NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise)
     return Trainer(recipe, run, model=model, vocabulary=vocabulary, objective=objective)
 
@@ -282,43 +282,6 @@ class Trainer:
                 f"{counters.step + 1}; lower optim.lr (now {rate:.2g}) and run again: the last "
                 f"good checkpoint is {latest(self.checkpoints)}"
             )
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU if there is one; raises UserError for what this machine has not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device = {name!r} cannot be used here: {reason}") from None
 
 
 def _bar(recipe: RunRecipe, counters: Counters, progress: bool) -> Any:

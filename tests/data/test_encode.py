@@ -149,10 +149,10 @@ def test_used_codes_are_those_of_documents_that_are_not_held_out(tmp_path, vocab
         EncodedDocument(base, base, "any", [Segment(Modality.IMAGE, np.full((2, 2), number))])
         for number, base in enumerate(bases)
     ]
-    counts = count_codes([write_shard(tmp_path / "a.tokens.tar", documents)])
+    counts = count_codes([write_shard(tmp_path / "a.tokens.tar", documents)], vocabulary)
     expected = [number for number, base in enumerate(bases) if not is_heldout(base)]
     assert 20 < len(expected) < 40
-    assert np.flatnonzero(counts[Modality.IMAGE]).tolist() == expected
+    assert np.flatnonzero(counts[Modality.IMAGE][0]).tolist() == expected
     assert set(counts) == {Modality.IMAGE}
     used = with_used_codes(vocabulary, counts)
     assert used.fingerprint == vocabulary.fingerprint

@@ -5,7 +5,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.decode.sampling import Grammar, Sampling, draw, guide, uniforms
 from mmpt.stream import StreamBuilder, parse
-from mmpt.vocab import Modality
+from mmpt.vocab import Modality, Vocabulary
 
 
 def test_draws_follow_the_distribution_and_skip_what_is_impossible():
@@ -121,3 +121,29 @@ def test_a_builder_and_the_grammar_agree_on_frames(vocabulary):
     grammar = Grammar(vocabulary)
     grammar.read(StreamBuilder(vocabulary).header(Modality.VIDEO, (4, 2, 3)).build().ids)
     assert (grammar.in_codes, grammar.remaining, grammar.block) == (True, 24, 6)
+
+
+def test_a_span_of_several_codebooks_takes_them_in_turn() -> None:
+    vocabulary = Vocabulary.build(
+        num_text=300,
+        text_fingerprint="t",
+        codebooks=[(f"speech-{index}", 4, {"speech": "s"}, None) for index in range(3)],
+    )
+    begin, first = vocabulary.structure_id("<boa>"), vocabulary.size_id(1)
+    grammar = Grammar(vocabulary)
+    grammar.push(begin)
+    assert (np.flatnonzero(grammar.candidates(12)) - first + 1).tolist() == [3, 6, 9]
+    grammar.push(vocabulary.size_id(6))
+    for place in range(6):
+        mask = grammar.candidates(12)
+        assert np.array_equal(mask, vocabulary.allowed_at(Modality.SPEECH, place))
+        wrong = vocabulary.ranges_of(Modality.SPEECH)[(place + 1) % 3].start
+        with pytest.raises(UserError, match="where speech codes belong"):
+            grammar.push(wrong)
+        assert grammar.push(int(np.flatnonzero(mask)[-1])) == Modality.SPEECH
+    assert np.flatnonzero(grammar.candidates(12)).tolist() == [vocabulary.structure_id("<eoa>")]
+    given = Grammar(vocabulary, shapes={Modality.SPEECH: [(size,) for size in range(1, 8)]})
+    given.push(begin)
+    assert (np.flatnonzero(given.candidates(12)) - first + 1).tolist() == [3, 6]
+    with pytest.raises(UserError, match="4 speech codes are no whole frames of 3"):
+        given.push(vocabulary.size_id(4))

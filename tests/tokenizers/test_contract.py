@@ -185,9 +185,9 @@ def test_a_saved_codec_gives_the_same_codes_and_fingerprint(
 def test_the_fingerprint_follows_the_encoder_and_not_the_decoder(image_codec: ImageCodec) -> None:
     before = image_codec.fingerprint
     with torch.no_grad():
-        image_codec.decoder.head.weight.mul_(2)
+        image_codec.from_latents.weight.mul_(2)
         assert image_codec.fingerprint == before
-        image_codec.decoder.head.weight.div_(2)
+        image_codec.from_latents.weight.div_(2)
         image_codec.to_latents.weight.mul_(2)
         assert image_codec.fingerprint != before
         image_codec.to_latents.weight.div_(2)
@@ -201,7 +201,7 @@ def test_a_broken_or_newer_codec_folder_is_refused(image_codec: ImageCodec, fold
     (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(UserError, match="format 99"):
         load_codec(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"levels": [8, 8]}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantizer": {"levels": [8, 8]}}))
     with pytest.raises(UserError, match="does not fit"):
         load_codec(folder)
     (folder / "config.json").write_text(json.dumps(config))

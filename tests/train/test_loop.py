@@ -7,9 +7,10 @@ import torch
 
 from mmpt.config import UserError, to_toml
 from mmpt.model.transformer import Decoder
+from mmpt.process import pick_device
 from mmpt.processor import ProcessorSettings
 from mmpt.train.checkpoint import latest, list_checkpoints
-from mmpt.train.loop import Trainer, pick_device, pretrainer, train, train_command
+from mmpt.train.loop import Trainer, pretrainer, train, train_command
 from mmpt.train.loss import NextToken
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 

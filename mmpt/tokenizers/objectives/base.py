@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mmpt.config import UserError
 from mmpt.tokenizers.base import Codec
+from mmpt.tokenizers.discriminator import Adversary
 
 log = logging.getLogger(__name__)
 
-PICTURE = (64, 64, 3)  # what pictures and frames are trained on
+PICTURE = (64, 64, 3)  # what frames are trained on
 
 
 class Objective(ABC):
@@ -25,28 +26,43 @@ class Objective(ABC):
 
     codec: Codec
     infeasible: int = 0  # targets that no codes could spell, so far
+    adversary: Adversary | None = None  # updated after each step, on what `loss` showed it
 
     @abstractmethod
     def batch(self, generator: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Draw a training batch."""
+        """Draw a training batch on the CPU: tensors (size, ...), or fewer rows if data is short."""
 
     @abstractmethod
     def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss and what to log."""
+        """The loss and what to log, of a batch on the codec's device.
+
+        The loss is a mean over the rows. An int is a count, which processes add up.
+        """
 
     def trained(self) -> torch.nn.Module:
         """The module whose parameters are trained and averaged."""
         return self.codec
 
+    def to(self, device: torch.device) -> None:
+        """Move the codec and all other modules of the objective."""
+        for value in vars(self).values():
+            if isinstance(value, torch.nn.Module):
+                value.to(device)
+
 
 def usable(arrays: Sequence[np.ndarray], shape: tuple[int, ...], need: str) -> list[np.ndarray]:
     """Those whose last sides are `shape`; the rest is counted. Raises UserError when none is."""
     kept = [array for array in arrays if array.shape[-3:] == shape and len(array)]
-    if not kept:
-        raise UserError(f"the shards hold no {need} to train on; name others")
-    if len(kept) < len(arrays):
-        log.warning("%d are left out: only %s are used", len(arrays) - len(kept), need)
+    count_unusable(len(kept), len(arrays), need)
     return kept
+
+
+def count_unusable(num_kept: int, num_given: int, need: str) -> None:
+    """Report how many media are left out. Raises UserError when none is kept."""
+    if not num_kept:
+        raise UserError(f"the shards hold no {need} to train on; name others")
+    if num_kept < num_given:
+        log.warning("%d are left out: only %s are used", num_given - num_kept, need)
 
 
 def augment(clip: np.ndarray, generator: np.random.Generator) -> np.ndarray:

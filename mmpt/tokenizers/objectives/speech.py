@@ -1,20 +1,28 @@
-"""What a speech codec learns: sound and its transcript."""
+"""What a speech codec learns: sound and its transcript.
+
+Training works on log-mel frames, which are computed once; only a learned vocoder needs the waves.
+"""
 
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmpt.config import UserError
 from mmpt.parts import Audio, Part, Text
 from mmpt.tokenizers.losses import mel_loss
 from mmpt.tokenizers.objectives.base import Objective
+from mmpt.tokenizers.objectives.voices import vary
+from mmpt.tokenizers.objectives.waves import crop, wave_loss
 from mmpt.tokenizers.recipe import CodecRecipe
 from mmpt.tokenizers.speech import CHARACTERS, SpeechCodec
-from mmpt.tokenizers.vocoder import log_mel
+from mmpt.tokenizers.speech_stream import FRAMES_PER_CODE
+from mmpt.tokenizers.vocoder import HOP, SILENCE, WINDOW, log_mel
 
-MAX_BLOCKS = 6  # of 0.8 s, that one training utterance may take
+MAX_SECONDS = 4.8  # that one training utterance may take
+COMMITMENT = 0.5
 
 
 class SpeechObjective(Objective):
@@ -24,61 +32,85 @@ class SpeechObjective(Objective):
         self.codec: SpeechCodec = SpeechCodec(recipe.speech)
         self.quantize_from = recipe.warmup * 2
         self.augment, self.spelling = recipe.augment, recipe.spelling
+        self.commitment = COMMITMENT * recipe.loss.quantizer
         self.seed = recipe.seed
-        self.waves, self.texts = [], []
+        self.mels: list[Tensor] = []
+        self.waves: list[np.ndarray] = []  # for a vocoder that learns
+        self.texts: list[list[int]] = []
         for parts in documents:
-            sounds = [p for p in parts if isinstance(p, Audio)]
-            labels = [p.text for p in parts if isinstance(p, Text)]
-            for sound in sounds:
-                self.waves.append(sound.resample(self.codec.sample_rate).wave)
-                self.texts.append(_spell(labels[0]) if labels else [])
-        if not self.waves:
+            labels = [part.text for part in parts if isinstance(part, Text)]
+            for part in parts:
+                if isinstance(part, Audio):
+                    self._keep(part.resample(self.codec.sample_rate).wave, labels)
+        if not self.mels:
             raise UserError("the shards hold no sound to train on; name others")
-        self.by_length = np.argsort([len(wave) for wave in self.waves], kind="stable")
+        self.by_length = np.argsort([len(mel) for mel in self.mels], kind="stable")
 
     def batch(self, generator: np.random.Generator, size: int) -> dict[str, Tensor]:
         # of similar length, so that little is padding
-        near = self.by_length[generator.integers(len(self.waves)) :][: 4 * size]
+        near = self.by_length[generator.integers(len(self.mels)) :][: 4 * size]
         if len(near) < size:
             near = self.by_length[-4 * size :]
         picks = generator.choice(near, size=min(size, len(near)), replace=False)
-        block = self.codec.block_samples
-        waves = [self.waves[i] for i in picks]
+        mels = [self.mels[i] for i in picks]
         if self.augment:
-            waves = [_vary(wave, generator) for wave in waves]
-        waves = [_shift(wave, generator, block) for wave in waves]
-        length = max(1, *[math.ceil(len(wave) / block) for wave in waves]) * block
+            mels = [vary(mel, generator) for mel in mels]
+        block = self.codec.config.block * FRAMES_PER_CODE
+        mels = [_shift(mel, generator, block) for mel in mels]
+        length = max(math.ceil(len(mel) / block) for mel in mels) * block
         texts = [self.texts[i] for i in picks]
-        width = max(1, *[len(text) for text in texts])
-        return {
-            "wave": torch.from_numpy(np.stack([np.pad(w, (0, length - len(w))) for w in waves])),
-            "num_samples": torch.tensor([len(wave) for wave in waves]),
+        width = max(1, *map(len, texts))
+        batch = {
+            "mel": torch.stack(
+                [F.pad(mel, (0, 0, 0, length - len(mel)), value=SILENCE) for mel in mels]
+            ),
+            "num_samples": torch.tensor([len(mel) * HOP for mel in mels]),
             "text": torch.tensor([text + [0] * (width - len(text)) for text in texts]),
             "num_text": torch.tensor([len(text) for text in texts]),
         }
+        if self.waves:
+            batch["wave"] = torch.stack([crop(self.waves[i], generator) for i in picks])
+        return batch
 
     def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        codec = self.codec
-        mel = log_mel(batch["wave"])
+        codec, mel = self.codec, batch["mel"]
         features = codec.encode_features(mel)
         if step >= self.quantize_from and not codec.quantizer.ready:
             self._initialise()
         out = codec.quantizer(features)
-        made, letters = codec.decode_mel(out.latents), codec.spell(out.latents)
-        frames = torch.arange(mel.shape[1])
-        mask = (frames[None] * codec.mel_hop < batch["num_samples"][:, None]).float()
+        positions = torch.arange(features.shape[1], device=mel.device)
+        last = (batch["num_samples"] - 1).div(codec.samples_per_code, rounding_mode="floor")
+        # a decoder that is given too few codes for a block repeats the last: so it is here
+        kept = positions.minimum(last[:, None])[..., None].expand_as(out.latents)
+        latents = out.latents.gather(1, kept)
+        made, letters = codec.decode_mel(latents), codec.spell(out.latents)
+        frames = torch.arange(mel.shape[1], device=mel.device)
+        mask = (frames * HOP < batch["num_samples"][:, None]).float()
         reconstruction = mel_loss(made, mel, mask)
         spelling, infeasible = codec.ctc_loss(
             letters, batch["num_samples"], batch["text"], batch["num_text"]
         )
         self.infeasible += infeasible
-        loss = reconstruction + self.spelling * spelling + 0.5 * out.loss
-        return loss, {
+        loss = reconstruction + self.spelling * spelling + self.commitment * out.loss
+        metrics = {
             "mel": float(reconstruction.detach()),
             "ctc": float(spelling.detach()),
             "used": out.codes.unique().numel(),
             "infeasible": self.infeasible,
         }
+        if "wave" in batch:
+            sounding = wave_loss(codec.wave_head, batch["wave"])
+            loss = loss + sounding
+            metrics["wave"] = float(sounding.detach())
+        return loss, metrics
+
+    def _keep(self, wave: np.ndarray, labels: list[str]) -> None:
+        # the frames after the end still hear it
+        padded = F.pad(torch.from_numpy(wave), (0, WINDOW - len(wave) % HOP))
+        self.mels.append(log_mel(padded[None])[0])
+        self.texts.append(_spell(labels[0]) if labels else [])
+        if self.codec.config.vocoder == "istft":
+            self.waves.append(wave)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -86,25 +118,17 @@ class SpeechObjective(Objective):
         features = []
         for _ in range(8):
             batch = self.batch(generator, 64)
-            codes = self.codec.encode_features(log_mel(batch["wave"]))
+            codes = self.codec.encode_features(batch["mel"].to(self.codec.device))
             place = torch.arange(codes.shape[1]) * self.codec.samples_per_code
-            features.append(codes[place[None] < batch["num_samples"][:, None]])
+            features.append(codes[place < batch["num_samples"][:, None]])
         seeded = torch.Generator().manual_seed(self.seed)
         self.codec.quantizer.initialise(torch.cat(features), seeded)
 
 
-def _shift(wave: np.ndarray, generator: np.random.Generator, block: int) -> np.ndarray:
+def _shift(mel: Tensor, generator: np.random.Generator, block: int) -> Tensor:
     """A random start in half of all, so that blocks do not depend on where a sentence begins."""
-    size = generator.integers(block // 2) if generator.random() < 0.5 else 0
-    return np.concatenate([np.zeros(size, dtype=np.float32), wave])[: MAX_BLOCKS * block]
-
-
-def _vary(wave: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Speed, loudness and noise at random."""
-    places = np.arange(0, len(wave) - 1, generator.uniform(0.9, 1.1))
-    wave = np.interp(places, np.arange(len(wave)), wave) * generator.uniform(0.5, 1.5)
-    noise = generator.normal(0, 10 ** generator.uniform(-5, -3), len(wave))
-    return np.clip(wave + noise, -1, 1).astype(np.float32)
+    size = int(generator.integers(max(1, block // 2))) if generator.random() < 0.5 else 0
+    return F.pad(mel, (0, 0, size, 0), value=SILENCE)[: round(MAX_SECONDS * 100)]
 
 
 def _spell(text: str) -> list[int]:

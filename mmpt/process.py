@@ -1,0 +1,48 @@
+"""This process: where it computes, and the wish to stop it."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+import torch
+
+from mmpt.config import UserError
+
+
+class StopRequest:
+    """Turns the first SIGINT and the first SIGTERM into a flag; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        # torchrun sends SIGTERM after the terminal's SIGINT: only the same one again is a second
+        signal.signal(number, self._before[number])
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is a GPU if there is one, and under torchrun the one of the local rank.
+
+    Raises UserError for what this machine has not.
+    """
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device = {name!r} cannot be used here: {reason}") from None

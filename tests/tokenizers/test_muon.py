@@ -1,0 +1,86 @@
+"""Muon: orthogonal steps for kernels, Adam's for all else, and a state that can be saved."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmpt.tokenizers.muon import Muon, orthogonal
+
+
+def small_network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 1))
+
+
+def take_steps(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> float:
+    """Fit a fixed random target; the last loss."""
+    loss = torch.tensor(0.0)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step % 3)
+        pixels = torch.randn(4, 3, 6, 6, generator=generator)
+        loss = (network(pixels) - pixels[:, :2, 1:-1, 1:-1] ** 2).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (8, 8), (1, 30)])
+def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    assert torch.isfinite(orthogonal(torch.zeros(shape))).all()
+
+
+def test_what_is_no_kernel_takes_the_steps_of_adam() -> None:
+    ours, theirs = (nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    optimizers = [
+        Muon(ours.parameters(), lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), **settings),
+    ]
+    for step in range(5):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            network(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def test_a_step_of_a_kernel_is_about_as_long_as_one_of_adam() -> None:
+    network = small_network()
+    kernel = network.get_parameter("0.weight")
+    before = kernel.detach().clone()
+    take_steps(network, Muon(network.parameters(), lr=0.01, weight_decay=0.0), range(1))
+    moved = (kernel - before).square().mean().sqrt()
+    assert 0.001 < moved < 0.01  # a first step of Adam moves each weight by the rate
+
+
+def test_it_learns_and_leaves_alone_what_has_no_gradient() -> None:
+    network = small_network()
+    unused = nn.Parameter(torch.ones(2, 2, 3, 3))
+    optimizer = Muon([*network.parameters(), unused], lr=0.01, weight_decay=0.1)
+    first = take_steps(network, optimizer, range(1))
+    assert take_steps(network, optimizer, range(90)) < 0.7 * first
+    assert torch.equal(unused, torch.ones(2, 2, 3, 3))
+
+
+def test_a_saved_state_goes_on_bit_equal() -> None:
+    whole, parts = small_network(), small_network()
+    optimizer = Muon(whole.parameters(), lr=0.01, weight_decay=0.1)
+    take_steps(whole, optimizer, range(6))
+    before = Muon(parts.parameters(), lr=0.01, weight_decay=0.1)
+    take_steps(parts, before, range(3))
+    after = Muon(parts.parameters(), lr=0.01, weight_decay=0.1)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    take_steps(parts, after, range(3, 6))
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
