@@ -50,7 +50,10 @@ def is_heldout(base: str) -> bool:
 
 @dataclass(frozen=True)
 class Document:
-    """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page."""
+    """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page.
+
+    mirror: whether its pictures and clips mean the same when left and right are swapped.
+    """
 
     key: str
     base: str
@@ -58,6 +61,7 @@ class Document:
     parts: list[Part]
     source: str = ""
     shard: str = ""
+    mirror: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Record:
     parts: tuple[dict[str, Any], ...]
     source: str
     license: str
+    mirror: bool = True
 
 
 @dataclass
@@ -170,6 +175,7 @@ def encode_document(document: Document) -> Record:
         parts=tuple(_encode_part(part) for part in document.parts),
         source=document.source,
         license="",
+        mirror=document.mirror,
     )
 
 
@@ -194,6 +200,7 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         parts=[_load_part(sample, entry) for entry in parts],
         source=str(described.get("source", "")),
         shard=sample.shard,
+        mirror=described.get("mirror") is not False,
     )
 
 
@@ -294,6 +301,7 @@ def _to_sample(record: Record) -> dict[str, Any]:
         "parts": entries,
         "source": record.source,
         "license": record.license,
+        **({} if record.mirror else {"mirror": False}),
     }
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     return {"__key__": record.key, "json": text.encode(), **media}
