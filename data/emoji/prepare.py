@@ -25,6 +25,17 @@ SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 VOICES = ("espeak-ng:en-us", "flite:slt", "espeak-ng:en-gb", "flite:rms")
 SAMPLE_RATE = 16_000
 NUM_FRAMES = 17  # 1 + 4n
+# emojibase's numbers of the groups symbols and flags, and of the subgroups maps and clocks
+ONE_WAY_GROUPS, ONE_WAY_SUBGROUPS = (8, 9), (49, 58)
+ONE_WAY_LABEL = re.compile(  # sides, moons that wax or wane, and things that carry signs
+    r"\b(left|right|leftwards|rightwards|\w*clockwise|arrow|moon|calendar|hundred|zzz|flag"
+    r"|banknote|yen|dollar|coin|money|envelope|e-mail|credit card|ticket|tickets|chart|medal|8 ball"
+    r"|slot machine|mahjong|joker|cards|newspaper|ledger|dvd|keyboard|input|sign|hotel|hospital"
+    r"|bank|post office|school|store|stadium|station|bus stop|bus|taxi|ambulance|police|truck"
+    r"|musical note|musical notes|musical score|ruler|card|placard|label|receipt|scroll|memo"
+    r"|game die|barber pole|sleeping|sleepy)\b",
+    re.IGNORECASE,
+)
 LICENSE = "MIT"
 ATTRIBUTION = [
     {
@@ -73,11 +84,15 @@ class Settings:
     num_spoken: int | None = None
     image_quality: int = 92
     clip_quality: int = 80
+    compression: float = 0.96  # of sound, about 16 kbit/s
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture file with its words; `base` is the same for all variants of an idea."""
+    """One picture file with its words; `base` is the same for all variants of an idea.
+
+    mirror: whether it means the same with left and right swapped.
+    """
 
     key: str
     base: str
@@ -85,6 +100,7 @@ class Emoji:
     tags: tuple[str, ...]
     picture: Path
     animation: Path | None
+    mirror: bool = True
 
 
 def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]:
@@ -121,7 +137,9 @@ def list_emoji(cache: Path, settings: Settings) -> list[Emoji]:
         if not settings.flags and entry["label"].startswith("flag: "):
             continue
         tags = tuple(tag for tag in entry.get("tags", ()) if tag != entry["label"])
-        found[key] = Emoji(key, base_of(key), entry["label"], tags, path, moving.get(key))
+        found[key] = Emoji(
+            key, base_of(key), entry["label"], tags, path, moving.get(key), _may_mirror(entry)
+        )
     return list(found.values())
 
 
@@ -162,10 +180,12 @@ def picture_record(emoji: Emoji, settings: Settings, *, speak: bool) -> Record:
     parts = [*_texts(emoji), {"type": "image", "suffix": "webp", "data": data}]
     if speak:
         voice = VOICES[hashlib.sha256(f"voice {emoji.key}".encode()).digest()[0] % len(VOICES)]
-        data = importers.encode_opus(synthesize(emoji.label, voice), SAMPLE_RATE)
+        data = importers.encode_opus(
+            synthesize(emoji.label, voice), SAMPLE_RATE, compression=settings.compression
+        )
         sound = {"type": "audio", "voice": voice, "synthetic": True}
         parts.append(sound | {"suffix": "opus", "data": data})
-    return Record(emoji.key, emoji.base, "any", tuple(parts), "emoji", LICENSE)
+    return Record(emoji.key, emoji.base, "any", tuple(parts), "emoji", LICENSE, emoji.mirror)
 
 
 def clip_record(emoji: Emoji, settings: Settings) -> Record | None:
@@ -189,7 +209,7 @@ def clip_record(emoji: Emoji, settings: Settings) -> Record | None:
         return None
     clip = {"type": "video", "fps": round(1000 / step, 3), "suffix": "webp", "data": data}
     parts = (*_texts(emoji), clip)
-    return Record(f"{emoji.key}-clip", emoji.base, "any", parts, "emoji", LICENSE)
+    return Record(f"{emoji.key}-clip", emoji.base, "any", parts, "emoji", LICENSE, emoji.mirror)
 
 
 def synthesize(text: str, voice: str) -> np.ndarray:
@@ -219,6 +239,14 @@ def _texts(emoji: Emoji) -> Iterator[dict[str, Any]]:
     yield {"type": "text", "text": emoji.label}
     if emoji.tags:
         yield {"type": "text", "text": "keywords: " + ", ".join(emoji.tags)}
+
+
+def _may_mirror(entry: dict[str, Any]) -> bool:
+    return not (
+        entry.get("group") in ONE_WAY_GROUPS
+        or entry.get("subgroup") in ONE_WAY_SUBGROUPS
+        or ONE_WAY_LABEL.search(entry["label"])
+    )
 
 
 def _plain(name: str) -> str:

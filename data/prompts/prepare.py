@@ -32,6 +32,7 @@ class Settings:
     """The defaults build everything; the sampler leaves the longest prompts out."""
 
     max_seconds: float = 120.0
+    compression: float = 0.96  # of sound, about 16 kbit/s
 
 
 def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]:
@@ -49,7 +50,10 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     for name, transcript in tqdm(transcripts.items(), desc="prompts", unit="prompt"):
         wave = decode_g722(folder / f"{name}.g722")
         if len(wave) <= settings.max_seconds * SAMPLE_RATE:
-            records.append(prompt_record(name, bases[name], transcript, wave))
+            record = prompt_record(
+                name, bases[name], transcript, wave, compression=settings.compression
+            )
+            records.append(record)
     return importers.write_split(records, out, "prompts")
 
 
@@ -91,9 +95,11 @@ def decode_g722(path: Path) -> np.ndarray:
     return np.concatenate(frames)
 
 
-def prompt_record(name: str, base: str, transcript: str, wave: np.ndarray) -> Record:
+def prompt_record(
+    name: str, base: str, transcript: str, wave: np.ndarray, *, compression: float
+) -> Record:
     """Transcript and sound."""
-    data = importers.encode_opus(wave, SAMPLE_RATE)
+    data = importers.encode_opus(wave, SAMPLE_RATE, compression=compression)
     sound = {"type": "audio", "voice": VOICE, "suffix": "opus", "data": data}
     parts = ({"type": "text", "text": transcript}, sound)
     return Record(_key(name), base, "any", parts, "prompts", LICENSE)

@@ -24,10 +24,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "flags": False,
         "num_clips": 180,
         "num_spoken": 560,
+        "image_quality": 80,
         "clip_quality": 75,
+        "compression": 0.985,
     },
-    "prompts": {"max_seconds": 15.0},
+    "prompts": {"max_seconds": 15.0, "compression": 0.985},
     "handbook": {"num_documents": 320},
+    "voices": {"num_train": 84, "num_heldout": 50},  # the full set takes 4.7 MB
 }
 MIT_TEXT = """\
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and

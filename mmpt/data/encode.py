@@ -18,7 +18,7 @@ import numpy as np
 from mmpt.config import UserError
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard
-from mmpt.parts import Part
+from mmpt.parts import Image, Part, Video
 from mmpt.stream import Segment
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
@@ -64,9 +64,14 @@ def encode_shards(
     out: str | Path,
     processor: PartEncoder,
     *,
+    mirror: bool = False,
     progress: bool = True,
 ) -> EncodeReport:
-    """Encode raw shards into the folder `out`; run again after an interruption, it goes on."""
+    """Encode raw shards into the folder `out`; run again after an interruption, it goes on.
+
+    mirror: training documents whose pictures and clips allow it are there twice, the second time
+    with left and right swapped. Held-out documents are encoded as they are.
+    """
     from tqdm import tqdm
 
     report = EncodeReport()
@@ -76,7 +81,7 @@ def encode_shards(
         for raw, path in pairs:
             bar.set_postfix_str(raw.name)
             side = processor.max_side
-            source = {"name": raw.name, "sha256": _sha256(raw), "max_side": side}
+            source = {"name": raw.name, "sha256": _sha256(raw), "max_side": side, "mirror": mirror}
             shard = _finished(path, source, processor.vocabulary)
             report.kept += shard is not None
             if shard is None:
@@ -85,24 +90,31 @@ def encode_shards(
             else:
                 bar.update(len(shard))
             report.shards.append(path)
-            report.documents += len(shard)
+            report.documents += len(shard) - shard.notes["mirrored"]
             report.bad += shard.notes["bad"]
             report.codes.update(shard.counts)
     return report
 
 
 def encode(
-    shards: list[Path], *, out: Path, tokenizers: Sequence[str] = (), max_side: int = 64
+    shards: list[Path],
+    *,
+    out: Path,
+    tokenizers: Sequence[str] = (),
+    max_side: int = 64,
+    mirror: bool = False,
 ) -> dict[str, Any]:
     """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
-    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels.
+    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. mirror: training
+    documents are encoded a second time with their pictures and clips mirrored, except for pages and
+    for documents that say "mirror": false.
     """
     from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 
     processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
-    report = encode_shards(shards, out, processor)
+    report = encode_shards(shards, out, processor, mirror=mirror)
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
     vocabulary = processor.vocabulary
     current = [path for path in paths if _is_current(path, vocabulary)]
@@ -152,16 +164,38 @@ def _encode_shard(
     bar: Any,
 ) -> None:
     listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
-    quarantine = Quarantine(listing)
+    quarantine, mirrored = Quarantine(listing), 0
     with ShardWriter(path, processor.vocabulary, separator=processor.separator) as writer:
         listing.unlink(missing_ok=True)  # of an interrupted try
         for document in read_documents([raw], quarantine):
             try:
                 writer.add(_encode_document(document, processor))
+                if source["mirror"] and _may_be_mirrored(document):
+                    writer.add(_encode_document(_mirrored(document), processor))
+                    mirrored += 1
             except UserError as error:
                 quarantine.add(shard=document.shard, offset=-1, key=document.key, why=str(error))
             bar.update()
-        writer.finish({"source": source, "bad": quarantine.count})
+        writer.finish({"source": source, "bad": quarantine.count, "mirrored": mirrored})
+
+
+def _may_be_mirrored(document: Document) -> bool:
+    seen = any(isinstance(part, Image | Video) for part in document.parts)
+    views = document.order == "any"  # a page's text may speak of left and right
+    return views and seen and document.mirror and not is_heldout(document.base)
+
+
+def _mirrored(document: Document) -> Document:
+    parts = [_swap_sides(part) for part in document.parts]
+    return replace(document, key=f"{document.key} mirrored", parts=parts)
+
+
+def _swap_sides(part: Part) -> Part:
+    if isinstance(part, Image):
+        return Image(np.ascontiguousarray(part.pixels[:, ::-1]))
+    if isinstance(part, Video):
+        return Video(np.ascontiguousarray(part.frames[:, :, ::-1]), part.fps)
+    return part
 
 
 def _encode_document(document: Document, processor: PartEncoder) -> EncodedDocument:

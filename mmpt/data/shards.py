@@ -53,6 +53,7 @@ class Document:
     """Decoded parts; "any" order: views of one idea that may be permuted; "fixed": a page.
 
     voices: who speaks in each audio part, "" where the shard does not say; empty: no word of it.
+    mirror: whether its pictures and clips mean the same when left and right are swapped.
     """
 
     key: str
@@ -62,6 +63,7 @@ class Document:
     source: str = ""
     shard: str = ""
     voices: tuple[str, ...] = ()
+    mirror: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Record:
     parts: tuple[dict[str, Any], ...]
     source: str
     license: str
+    mirror: bool = True
 
 
 @dataclass
@@ -174,6 +177,7 @@ def encode_document(document: Document) -> Record:
         parts=tuple(_encode_parts(document)),
         source=document.source,
         license="",
+        mirror=document.mirror,
     )
 
 
@@ -199,6 +203,7 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         source=str(described.get("source", "")),
         shard=sample.shard,
         voices=tuple(str(entry.get("voice", "")) for entry in parts if entry["type"] == "audio"),
+        mirror=described.get("mirror") is not False,
     )
 
 
@@ -307,6 +312,7 @@ def _to_sample(record: Record) -> dict[str, Any]:
         "parts": entries,
         "source": record.source,
         "license": record.license,
+        **({} if record.mirror else {"mirror": False}),
     }
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     return {"__key__": record.key, "json": text.encode(), **media}

@@ -180,3 +180,32 @@ def test_the_command_leaves_what_opens_its_processor_again(zoo, tmp_path):
     encode_command([raw], out=tmp_path / "out", tokenizers=names, max_side=16)
     processor = Processor.from_folder(tmp_path / "out")
     assert processor.settings == ProcessorSettings(tuple(names), 16)
+
+
+def test_mirrored_views_are_added_to_training_documents_that_allow_it(tmp_path, processor):
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+    keys = [f"d-{index}" for index in range(20)]
+    documents = [Document(key, key, "any", [Text("a"), Image(picture)]) for key in keys]
+    documents.append(Document("arrow", "d-1", "any", [Text("a"), Image(picture)], mirror=False))
+    documents.append(Document("page", "d-1", "fixed", [Text("a"), Image(picture)]))
+    documents.append(Document("words", "d-1", "any", [Text("a")]))
+    write_shard(tmp_path / "raw.tar", documents)
+
+    report = encode_shards([tmp_path / "raw.tar"], tmp_path, processor, mirror=True, progress=False)
+
+    encoded = {document.key: document for document in TokenShard(report.shards[0])}
+    trained = [key for key in keys if not is_heldout(key)]
+    assert 0 < len(trained) < len(keys)
+    extra = set(encoded) - {document.key for document in documents}
+    assert extra == {f"{key} mirrored" for key in trained}
+    plain, mirrored = (encoded[f"{trained[0]}{end}"].segments for end in ("", " mirrored"))
+    assert np.array_equal(mirrored[1].codes, plain[1].codes[:, ::-1])
+    assert np.array_equal(mirrored[0].codes, plain[0].codes)
+    assert report.documents == len(documents)
+
+
+def test_asking_for_mirrored_views_encodes_again(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 5)
+    encode([raw], tmp_path / "out", processor)
+    again = encode_shards([raw], tmp_path / "out", processor, mirror=True, progress=False)
+    assert again.kept == 0

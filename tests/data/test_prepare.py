@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import itertools
+import re
 import tarfile
 
 import numpy as np
@@ -16,6 +18,7 @@ from mmpt.parts import Audio, Image, Text, Video
 emoji = sources.load_script("emoji")
 handbook = sources.load_script("handbook")
 prompts = sources.load_script("prompts")
+voices = sources.load_script("voices")
 
 
 def tone(seconds: float = 0.5, rate: int = 16_000) -> np.ndarray:
@@ -119,6 +122,21 @@ def test_variants_of_an_emoji_have_the_base_key_of_the_idea(key, base):
     assert emoji.base_of(key) == f"emoji-{base}"
 
 
+@pytest.mark.parametrize(
+    ("entry", "mirror"),
+    [
+        ({"label": "red apple", "group": 4, "subgroup": 42}, True),
+        ({"label": "left-facing fist", "group": 1, "subgroup": 19}, False),
+        ({"label": "counterclockwise arrows button", "group": 8, "subgroup": 90}, False),
+        ({"label": "watch", "group": 5, "subgroup": 58}, False),
+        ({"label": "Keyboard", "group": 7, "subgroup": 72}, False),
+        ({"label": "bright sun", "group": 5, "subgroup": 59}, True),
+    ],
+)
+def test_what_shows_a_side_a_sign_or_letters_may_not_be_mirrored(entry, mirror):
+    assert emoji._may_mirror(entry) is mirror
+
+
 def test_transcripts_leave_out_what_is_not_speech(tmp_path):
     text = "; comment\n\nbeep: [a tone]\njoin: <beep>\nsilence/1: (1 second)\n"
     text += "letters/at: at [@]\nhi:  Hi: you.\n"
@@ -212,3 +230,54 @@ def test_a_sampler_that_cannot_be_built_leaves_the_old_one(tmp_path, monkeypatch
     with pytest.raises(UserError, match="no network"):
         sampler.main(tmp_path, tmp_path)
     assert (tmp_path / "emoji-train-0000.tar").read_bytes() == b"old"
+
+
+def test_sentences_are_of_three_to_eight_plain_words_and_each_comes_once():
+    sentences = list(itertools.islice(voices.list_sentences(0), 2000))
+    assert sentences == list(itertools.islice(voices.list_sentences(0), 2000))
+    assert sentences[:20] != list(itertools.islice(voices.list_sentences(1), 20))
+    assert len(set(sentences)) == 2000
+    assert {len(sentence.split()) for sentence in sentences} <= set(range(3, 9))
+    assert all(re.fullmatch("[a-z ]+", sentence) for sentence in sentences)
+    assert 100 <= len(set(" ".join(sentences).split())) <= 150
+
+
+def test_unseen_voices_speak_held_out_sentences_only_and_every_voice_is_heard():
+    settings = voices.Settings()
+    jobs = [(tuple(said), voice) for said, voice in voices.list_utterances(settings)]
+    heldout = [job for job in jobs if is_heldout(voices.base_of(list(job[0])))]
+    train = [job for job in jobs if job not in heldout]
+    assert len(set(jobs)) == len(jobs)
+    assert not set(voices.SEEN_VOICES) & set(voices.UNSEEN_VOICES)
+    assert [len(said) for said, _ in train] == [settings.num_joined] * settings.num_train
+    assert {len(said) for said, _ in heldout} == {1}
+    assert not {s for said, _ in train for s in said} & {s for said, _ in heldout for s in said}
+    assert {voice for _, voice in train} == set(voices.SEEN_VOICES)
+    assert {voice for _, voice in heldout} == {*voices.SEEN_VOICES, *voices.UNSEEN_VOICES}
+    unseen = [job for job in heldout if job[1] in voices.UNSEEN_VOICES]
+    assert len(unseen) == settings.num_heldout * settings.num_unseen
+    assert len(heldout) - len(unseen) == settings.num_heldout * settings.num_seen
+
+
+def test_an_utterance_says_who_speaks_and_whether_that_voice_is_unseen(monkeypatch):
+    wave = np.zeros(16_000, np.int16)
+    wave[5000:8000] = 9000 * np.sin(np.arange(0.5, 3000))
+    monkeypatch.setattr(emoji, "synthesize", lambda text, voice: wave)
+    for voice, unseen in (("flite:slt", False), ("espeak-ng:en-us+f5", True)):
+        record = voices.utterance_record(["two red birds"], voice, voices.Settings())
+        text, sound = record.parts
+        assert text == {"type": "text", "text": "two red birds"}
+        assert (sound["voice"], sound["unseen"], sound["synthetic"]) == (voice, unseen, True)
+        spoken = Audio.load(sound["data"]).wave
+        assert len(spoken) == 3000 + 2 * voices.MARGIN
+        assert 0.4 < np.abs(spoken).max() < 0.9
+        assert record.base == voices.base_of(["two red birds"])
+        assert record.key.startswith(f"{record.base}-")
+
+
+def test_silence_at_the_edges_is_cut_to_a_margin():
+    wave = np.zeros(10_000, np.int16)
+    wave[400], wave[7000] = 1000, -1000
+    trimmed = voices.trim(wave)
+    assert len(trimmed) == 7001 + voices.MARGIN
+    assert trimmed[400] == 1000

@@ -118,6 +118,7 @@ def test_every_data_set_has_a_script_with_a_licence_and_a_card():
         "prompts",
         "sampler",
         "stamps",
+        "voices",
     }
     for source in found:
         card = (hub.shipped("data") / source.name / "README.md").read_text()
