@@ -25,7 +25,7 @@ def take_steps(network: nn.Module, optimizer: torch.optim.Optimizer, steps: rang
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (8, 8), (1, 30)])
@@ -40,10 +40,9 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
 def test_what_is_no_kernel_takes_the_steps_of_adam() -> None:
     ours, theirs = (nn.Linear(5, 3) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    settings = {"lr": 0.01, "weight_decay": 0.1}
     optimizers = [
         Muon(ours.parameters(), lr=0.01, weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), **settings),
+        torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
     ]
     for step in range(5):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))

@@ -31,10 +31,14 @@ GROUPS = {"visual": ("image", "video"), "all": MODALITIES}  # groups that serve 
 # of a codec's report card: key -> (name, unit, whether more is better)
 QUALITY = {
     "psnr": ("PSNR", "dB", True),
+    "wer_unseen": ("word error, unseen voices", "", False),
     "log_mel_distance": ("log-mel distance", "nats", False),
     "bytes_per_id": ("bytes per id", "", True),
 }
-SHARES = ("usage", "exact")  # of a report card: shown as per cent
+SHARES = ("usage", "exact", "identity", "wer_seen", "wer_unseen")  # shown as per cent
+# of a report card, what else a reader wants to see
+MORE = ("wer_seen", "ssim", "log_mel_distance", "stoi", "bits_per_pixel", "bits_per_second")
+MORE += ("exact", "usage", "perplexity", "identity")
 NOTHING = tag(
     "p", "Nothing was recorded here; the run may have been interrupted.", class_="missing"
 )
@@ -285,16 +289,17 @@ def _codec(row: Row) -> tuple[str, ...]:
     more = [
         f"{escape(words(k))} {percent(v) if k in SHARES else plain(v)}"
         for k, v in ours.items()
-        if k != key
+        if k in MORE and k != key and v is not None
     ]
+    show = percent if key in SHARES else number
     return (
         chip(str(row.get("modality") or "")),
         tag("b", escape(row.get("name") or ""))
         + tag("small", escape(fingerprint[:12]), title=fingerprint),
         number(row.get("codebook_size")),
         plain(row.get("rate")),
-        f"<b>{number(mine)}</b> {unit}" + tag("small", name),
-        f"{number(theirs)} {unit}",
+        f"<b>{show(mine)}</b> {unit}" + tag("small", name),
+        f"{show(theirs)} {unit}",
         verdict(won, yes="better", no="not better"),
         tag("small", " &#183; ".join(more)),
     )
