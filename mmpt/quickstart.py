@@ -131,7 +131,7 @@ class Job:
 
     def encode(self, shards: list[Path]) -> None:
         """Raw shards -> token shards and the vocabulary."""
-        done = encode(shards, out=self.tokens, tokenizers=DEFAULT_TOKENIZERS, mirror=True)
+        done = encode(shards, out=self.tokens, tokenizers=DEFAULT_TOKENIZERS, augment=True)
         codes = ", ".join(f"{count:,} {name}" for name, count in done["codes"].items())
         self.current["detail"] = (
             f"{done['documents']:,} documents, {done['bad']} bad; {codes} codes"

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mmpt.data import importers
-from mmpt.data.shards import Record, is_heldout
+from mmpt.data.shards import Record, is_heldout, write_shard
 from mmpt.data.sources import load_script
 
 SEEN_VOICES = (
@@ -104,7 +104,11 @@ class Settings:
 
 
 def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]:
-    """Write voices-train-*.tar and voices-heldout-*.tar into `out`; nothing is fetched."""
+    """Write voices-train-*, voices-heldout-* and voices-unseen-0000.tar into `out`.
+
+    Nothing is fetched. What unseen voices say is a shard of its own, for judging codecs: a model
+    that never met a voice is not expected to foresee its codes.
+    """
     settings = settings or Settings()
     importers.require_tools("espeak-ng", "flite")
     jobs = list(list_utterances(settings))
@@ -112,7 +116,11 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
         utterance_record(sentences, voice, settings)
         for sentences, voice in tqdm(jobs, desc="voices", unit="utterance")
     ]
-    return importers.write_split(records, out, "voices")
+    unseen = [record for record in records if record.parts[1]["unseen"]]
+    seen = [record for record in records if not record.parts[1]["unseen"]]
+    path = out / "voices-unseen-0000.tar"
+    write_shard(path, unseen)
+    return [*importers.write_split(seen, out, "voices"), path]
 
 
 def list_utterances(settings: Settings) -> Iterator[tuple[list[str], str]]:

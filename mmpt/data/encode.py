@@ -7,6 +7,7 @@ counted and listed beside it, in `NAME.quarantine.jsonl`.
 
 import hashlib
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,11 @@ import numpy as np
 from mmpt.config import UserError
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard
-from mmpt.parts import Image, Part, Video
+from mmpt.parts import Audio, Image, Part, Video
 from mmpt.stream import Segment
 from mmpt.vocab import MEDIA, Modality, Vocabulary
+
+SPEEDS = (0.9, 1.1)  # of sound in a second view
 
 
 class PartEncoder(Protocol):
@@ -64,13 +67,13 @@ def encode_shards(
     out: str | Path,
     processor: PartEncoder,
     *,
-    mirror: bool = False,
+    augment: bool = False,
     progress: bool = True,
 ) -> EncodeReport:
     """Encode raw shards into the folder `out`; run again after an interruption, it goes on.
 
-    mirror: training documents whose pictures and clips allow it are there twice, the second time
-    with left and right swapped. Held-out documents are encoded as they are.
+    augment: training documents are there a second time as `second_view` makes them. Held-out
+    documents are encoded as they are.
     """
     from tqdm import tqdm
 
@@ -81,7 +84,12 @@ def encode_shards(
         for raw, path in pairs:
             bar.set_postfix_str(raw.name)
             side = processor.max_side
-            source = {"name": raw.name, "sha256": _sha256(raw), "max_side": side, "mirror": mirror}
+            source = {
+                "name": raw.name,
+                "sha256": _sha256(raw),
+                "max_side": side,
+                "augment": augment,
+            }
             shard = _finished(path, source, processor.vocabulary)
             report.kept += shard is not None
             if shard is None:
@@ -90,7 +98,7 @@ def encode_shards(
             else:
                 bar.update(len(shard))
             report.shards.append(path)
-            report.documents += len(shard) - shard.notes["mirrored"]
+            report.documents += len(shard) - shard.notes["augmented"]
             report.bad += shard.notes["bad"]
             report.codes.update(shard.counts)
     return report
@@ -102,19 +110,19 @@ def encode(
     out: Path,
     tokenizers: Sequence[str] = (),
     max_side: int = 64,
-    mirror: bool = False,
+    augment: bool = False,
 ) -> dict[str, Any]:
     """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
-    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. mirror: training
-    documents are encoded a second time with their pictures and clips mirrored, except for pages and
-    for documents that say "mirror": false.
+    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels.
+    --augment: training documents that are no pages are encoded a second time: pictures and clips
+    mirrored, unless the document says "mirror": false, and sound played a tenth faster or slower.
     """
     from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 
     processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
-    report = encode_shards(shards, out, processor, mirror=mirror)
+    report = encode_shards(shards, out, processor, augment=augment)
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
     vocabulary = processor.vocabulary
     current = [path for path in paths if _is_current(path, vocabulary)]
@@ -122,6 +130,30 @@ def encode(
     with_used_codes(vocabulary, counts).save(Path(out) / "vocabulary.json")
     processor.save_settings(out)
     return report.to_json() | {"vocabulary": vocabulary.fingerprint}
+
+
+def second_view(document: Document) -> Document | None:
+    """A training document that means the same and has other codes; None where there is none.
+
+    Pictures and clips are mirrored where the document allows it; sound is played a tenth faster or
+    slower, by the hash of the key (its pitch moves, too: speed perturbation, Ko et al. 2015).
+    """
+    if document.order == "fixed" or is_heldout(document.base):
+        return None  # a page's text may speak of left and right
+    speed = SPEEDS[zlib.crc32(document.key.encode()) % len(SPEEDS)]
+    parts = [_second_part(part, speed, mirror=document.mirror) for part in document.parts]
+    changed = any(new is not old for new, old in zip(parts, document.parts, strict=True))
+    return replace(document, key=f"{document.key} again", parts=parts) if changed else None
+
+
+def _second_part(part: Part, speed: float, *, mirror: bool) -> Part:
+    if isinstance(part, Image) and mirror:
+        return Image(np.ascontiguousarray(part.pixels[:, ::-1]))
+    if isinstance(part, Video) and mirror:
+        return Video(np.ascontiguousarray(part.frames[:, :, ::-1]), part.fps)
+    if isinstance(part, Audio):
+        return Audio(part.wave, round(speed * part.sample_rate)).resample(part.sample_rate)
+    return part
 
 
 def count_codes(paths: Iterable[str | Path], vocabulary: Vocabulary) -> dict[Modality, np.ndarray]:
@@ -164,38 +196,20 @@ def _encode_shard(
     bar: Any,
 ) -> None:
     listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
-    quarantine, mirrored = Quarantine(listing), 0
+    quarantine, augmented = Quarantine(listing), 0
     with ShardWriter(path, processor.vocabulary, separator=processor.separator) as writer:
         listing.unlink(missing_ok=True)  # of an interrupted try
         for document in read_documents([raw], quarantine):
             try:
                 writer.add(_encode_document(document, processor))
-                if source["mirror"] and _may_be_mirrored(document):
-                    writer.add(_encode_document(_mirrored(document), processor))
-                    mirrored += 1
+                other = second_view(document) if source["augment"] else None
+                if other:
+                    writer.add(_encode_document(other, processor))
+                    augmented += 1
             except UserError as error:
                 quarantine.add(shard=document.shard, offset=-1, key=document.key, why=str(error))
             bar.update()
-        writer.finish({"source": source, "bad": quarantine.count, "mirrored": mirrored})
-
-
-def _may_be_mirrored(document: Document) -> bool:
-    seen = any(isinstance(part, Image | Video) for part in document.parts)
-    views = document.order == "any"  # a page's text may speak of left and right
-    return views and seen and document.mirror and not is_heldout(document.base)
-
-
-def _mirrored(document: Document) -> Document:
-    parts = [_swap_sides(part) for part in document.parts]
-    return replace(document, key=f"{document.key} mirrored", parts=parts)
-
-
-def _swap_sides(part: Part) -> Part:
-    if isinstance(part, Image):
-        return Image(np.ascontiguousarray(part.pixels[:, ::-1]))
-    if isinstance(part, Video):
-        return Video(np.ascontiguousarray(part.frames[:, :, ::-1]), part.fps)
-    return part
+        writer.finish({"source": source, "bad": quarantine.count, "augmented": augmented})
 
 
 def _encode_document(document: Document, processor: PartEncoder) -> EncodedDocument:

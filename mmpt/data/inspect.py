@@ -16,7 +16,7 @@ from mmpt.parts import Audio, Image, Text, Video
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"-train-": False, "-heldout-": True}
+SPLITS = {"-train-": False, "-heldout-": True, "-unseen-": True}
 
 
 def list_datasets() -> dict[str, Any]:

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mmpt.config import UserError
-from mmpt.data.encode import count_codes, encode_shards, with_used_codes
+from mmpt.data.encode import count_codes, encode_shards, second_view, with_used_codes
 from mmpt.data.encode import encode as encode_command
 from mmpt.data.shards import Document, is_heldout, write_shard
 from mmpt.data.tokens import EncodedDocument, TokenShard
-from mmpt.parts import Image, Text
+from mmpt.parts import Audio, Image, Text
 from mmpt.processor import Processor, ProcessorSettings
 from mmpt.stream import Segment
 from mmpt.vocab import Modality, Vocabulary
@@ -182,7 +182,7 @@ def test_the_command_leaves_what_opens_its_processor_again(zoo, tmp_path):
     assert processor.settings == ProcessorSettings(tuple(names), 16)
 
 
-def test_mirrored_views_are_added_to_training_documents_that_allow_it(tmp_path, processor):
+def test_second_views_are_added_to_training_documents_that_allow_it(tmp_path, processor):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
     keys = [f"d-{index}" for index in range(20)]
     documents = [Document(key, key, "any", [Text("a"), Image(picture)]) for key in keys]
@@ -191,21 +191,37 @@ def test_mirrored_views_are_added_to_training_documents_that_allow_it(tmp_path, 
     documents.append(Document("words", "d-1", "any", [Text("a")]))
     write_shard(tmp_path / "raw.tar", documents)
 
-    report = encode_shards([tmp_path / "raw.tar"], tmp_path, processor, mirror=True, progress=False)
+    report = encode_shards(
+        [tmp_path / "raw.tar"], tmp_path, processor, augment=True, progress=False
+    )
 
     encoded = {document.key: document for document in TokenShard(report.shards[0])}
     trained = [key for key in keys if not is_heldout(key)]
     assert 0 < len(trained) < len(keys)
     extra = set(encoded) - {document.key for document in documents}
-    assert extra == {f"{key} mirrored" for key in trained}
-    plain, mirrored = (encoded[f"{trained[0]}{end}"].segments for end in ("", " mirrored"))
-    assert np.array_equal(mirrored[1].codes, plain[1].codes[:, ::-1])
-    assert np.array_equal(mirrored[0].codes, plain[0].codes)
+    assert extra == {f"{key} again" for key in trained}
+    plain, other = (encoded[f"{trained[0]}{end}"].segments for end in ("", " again"))
+    assert np.array_equal(other[1].codes, plain[1].codes[:, ::-1])
+    assert np.array_equal(other[0].codes, plain[0].codes)
     assert report.documents == len(documents)
 
 
-def test_asking_for_mirrored_views_encodes_again(tmp_path, processor):
+def test_a_second_view_of_sound_has_another_speed():
+    wave = (0.1 * np.sin(np.arange(16_000) / 10)).astype(np.float32)
+    views = [
+        second_view(
+            Document(f"d-{n}", "d-1", "any", [Text("a"), Audio(wave, 16_000)], mirror=False)
+        )
+        for n in range(8)
+    ]
+    assert not is_heldout("d-1")
+    lengths = {len(view.parts[1].wave) for view in views}
+    assert lengths == {14_546, 17_778}
+    assert {view.parts[1].sample_rate for view in views} == {16_000}
+
+
+def test_asking_for_second_views_encodes_again(tmp_path, processor):
     raw = write_raw(tmp_path / "raw.tar", 5)
     encode([raw], tmp_path / "out", processor)
-    again = encode_shards([raw], tmp_path / "out", processor, mirror=True, progress=False)
+    again = encode_shards([raw], tmp_path / "out", processor, augment=True, progress=False)
     assert again.kept == 0
