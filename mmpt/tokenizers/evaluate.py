@@ -230,4 +230,4 @@ def _roundtrip_video(codec: Codec, part: Video) -> tuple[Tensor, Video]:
 
 
 def _padded(codec: Codec, pictures: np.ndarray) -> Tensor:
-    return pad_to_factor(to_pixels(pictures), visual.factor_of(codec))
+    return pad_to_factor(to_pixels(pictures), codec.factor)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mmpt.config import UserError, to_dict
 from mmpt.tokenizers.base import Codec, tensors_of
 from mmpt.tokenizers.quantize import QuantizerConfig, build_quantizer
+from mmpt.tokenizers.speech_layers import Attention, transformer, zero_conv, zero_linear
 from mmpt.tokenizers.speech_stream import (
     FRAMES_PER_CODE,
     SAMPLES_PER_CODE,
@@ -36,7 +37,7 @@ CTC_UPSAMPLING = 4
 
 
 def _default_quantizer() -> QuantizerConfig:
-    return QuantizerConfig(kind="ema", codebook_size=512, width=16)
+    return QuantizerConfig(kind="ema", codebook_size=512, width=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class SpeechCodecConfig:
     num_layers: int = 4
     num_heads: int = 4
     block: int = 10
-    context: int = 10
+    context: int = 5
     vocoder: Literal["griffin-lim", "istft"] = "griffin-lim"
     vocoder_width: int = 128
 
@@ -65,38 +66,9 @@ class SpeechCodecConfig:
             raise UserError(f"width = {self.width} is no multiple of {2 * self.num_heads}")
 
 
-class Attention(nn.Module):
-    """Pre-norm transformer layer with rotary positions, over one window."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, D) -> same; everything in the window sees everything."""
-        qkv = rearrange(self.qkv(self.norm1(x)), "b n (p h d) -> p b h n d", p=3, h=self.num_heads)
-        q, k, v = _rotate(qkv[0]), _rotate(qkv[1]), qkv[2]
-        # windows are short: the fused attention of PyTorch takes five times as long, backwards
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        mixed = weights.to(v.dtype) @ v
-        x = x + self.out(rearrange(mixed, "b h n d -> b n (h d)"))
-        return x + self.mlp(self.norm2(x))
-
-
-def _rotate(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    place = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-    speed = 1000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = place[:, None] * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def stack(mel: Tensor) -> Tensor:
+    """Frames (..., 8 n, 80) -> (..., n, 640): those of one position."""
+    return rearrange(mel, "... (n f) m -> ... n (f m)", f=FRAMES_PER_CODE)
 
 
 class SpeechCodec(Codec):
@@ -113,32 +85,31 @@ class SpeechCodec(Codec):
         super().__init__(config)
         width = config.width
         self.quantizer = build_quantizer(config.quantizer)
+        # past both transformers: stacked frames to latents and back, see `begin`
+        self.shortcut = nn.Linear(NUM_MEL * FRAMES_PER_CODE, self.quantizer.width)
+        self.shortcut_back = nn.Linear(self.quantizer.width, NUM_MEL * FRAMES_PER_CODE)
         # two places a position: 25 a second inside, 12.5 after pooling
         self.stem = nn.Sequential(
             nn.Linear(NUM_MEL * FRAMES_PER_CODE // 2, 2 * width),
             nn.GELU(),
             nn.Linear(2 * width, width),
         )
-        self.encoder = nn.Sequential(
-            *[Attention(width, config.num_heads) for _ in range(config.num_layers)]
-        )
+        self.encoder = transformer(width, config.num_heads, config.num_layers)
         self.to_latents = nn.Sequential(
-            nn.RMSNorm(2 * width), nn.Linear(2 * width, self.quantizer.width)
+            nn.RMSNorm(2 * width), zero_linear(2 * width, self.quantizer.width)
         )
         self.from_latents = nn.Linear(self.quantizer.width, 2 * width)
-        self.decoder = nn.Sequential(
-            *[Attention(width, config.num_heads) for _ in range(config.num_layers)]
-        )
+        self.decoder = transformer(width, config.num_heads, config.num_layers)
         self.to_mel = nn.Sequential(
             nn.RMSNorm(width),
             nn.Linear(width, 2 * width),
             nn.GELU(),
-            nn.Linear(2 * width, NUM_MEL * FRAMES_PER_CODE // 2),
+            zero_linear(2 * width, NUM_MEL * FRAMES_PER_CODE // 2),
         )
         self.smooth = nn.Sequential(
             nn.Conv1d(NUM_MEL, width, 5, padding=2),
             nn.GELU(),
-            nn.Conv1d(width, NUM_MEL, 5, padding=2),
+            zero_conv(width, NUM_MEL, 5),
         )
         self.speller = nn.Sequential(
             Attention(width, config.num_heads),
@@ -198,7 +169,7 @@ class SpeechCodec(Codec):
         return config | {"quantizer": {"kind": self.config.quantizer.kind, **chosen}}
 
     def defining_tensors(self) -> dict[str, Tensor]:
-        state = tensors_of(self, ("stem", "encoder", "to_latents", "quantizer"))
+        state = tensors_of(self, ("shortcut", "stem", "encoder", "to_latents", "quantizer"))
         # what moving averages still remember defines no code
         return {k: v for k, v in state.items() if not k.endswith((".counts", ".sums"))}
 
@@ -245,15 +216,42 @@ class SpeechCodec(Codec):
         """Log-mel (B, 8 (context + block), 80) -> features of the block (B, block, width)."""
         x = self.stem(rearrange(mel, "b (n f) m -> b n (f m)", f=FRAMES_PER_CODE // 2))
         x = rearrange(self.encoder(x), "b (n p) d -> b n (p d)", p=2)
-        return self.to_latents(x)[:, self.config.context :]
+        return (self.to_latents(x) + self.shortcut(stack(mel)))[:, self.config.context :]
 
     def decode_windows(self, latents: Tensor) -> Tensor:
         """Latents (B, context + block, width) -> log-mel of the block (B, 8 block, 80)."""
         x = rearrange(self.from_latents(latents), "b n (p d) -> b (n p) d", p=2)
         x = self.to_mel(self.decoder(x))
         mel = rearrange(x, "b n (f m) -> b m (n f)", m=NUM_MEL)
+        mel = mel + rearrange(self.shortcut_back(latents), "b n (f m) -> b m (n f)", m=NUM_MEL)
         mel = mel + self.smooth(mel)
         return rearrange(mel, "b m t -> b t m")[:, self.config.context * FRAMES_PER_CODE :]
+
+    @torch.no_grad()
+    def begin(self, frames: Tensor, generator: torch.Generator) -> None:
+        """Start training as k-means of principal components of stacked frames (N, 640).
+
+        So the transformers, whose last layers are zero at first, learn what is better than that.
+        """
+        centred = frames - frames.mean(0)
+        spreads, directions = torch.linalg.eigh(centred.T @ centred / len(frames))
+        # on a sphere one dimension is kept constant, so that loudness is not lost
+        constant = getattr(self.quantizer, "spherical", False)
+        count = self.quantizer.width - constant
+        first = directions.flip(1)[:, :count] / spreads[-1].sqrt().clamp(min=1e-6)
+        self.shortcut.weight.zero_()
+        self.shortcut.weight[constant : constant + first.shape[1]] = first.T
+        self.shortcut.bias.copy_(-self.shortcut.weight @ frames.mean(0))
+        if constant:
+            self.shortcut.bias[0] = 3.0
+        latents = self.shortcut(frames)
+        self.quantizer.initialise(latents, generator)
+        training = self.quantizer.training
+        known = F.pad(self.quantizer.eval()(latents).latents, (0, 1), value=1.0)
+        self.quantizer.train(training)
+        best = torch.linalg.lstsq(known, frames, driver="gelsd").solution
+        self.shortcut_back.weight.copy_(best[:-1].T)
+        self.shortcut_back.bias.copy_(best[-1])
 
     @torch.inference_mode()
     def encode(self, wave: Tensor) -> Tensor:
@@ -316,11 +314,11 @@ PRESETS: Mapping[str, tuple[str, SpeechCodecConfig]] = {
     "speech-512": ("small; the shipped speech-12hz, 112.5 bit/s", SpeechCodecConfig()),
     "speech-1k": (
         "small; 125 bit/s",
-        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=1024, width=16)),
+        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=1024, width=32)),
     ),
     "speech-2k": (
         "small; 137.5 bit/s",
-        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=2048, width=16)),
+        SpeechCodecConfig(quantizer=QuantizerConfig(kind="ema", codebook_size=2048, width=32)),
     ),
     "speech-8x256": (
         "small; residual, 8 codebooks of 256, 800 bit/s",

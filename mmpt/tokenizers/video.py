@@ -59,6 +59,11 @@ class VideoCodec(Codec):
         return self.image.num_codebooks
 
     @property
+    def factor(self) -> int:
+        """Pixels a side that one code stands for."""
+        return self.image.factor
+
+    @property
     def rate(self) -> str:
         return f"{self.image.rate} and {GROUP} frames (the first frame alone)"
 
@@ -127,7 +132,7 @@ class VideoCodec(Codec):
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes (B, 1 + n, h, w, Q): pushing each clip through a stream."""
-        check_pixels(pixels, 5, factor=self.image.factor)
+        check_pixels(pixels, 5, factor=self.factor)
         return torch.stack([_run(self.stream(), clip) for clip in pixels])
 
     @torch.inference_mode()
@@ -190,7 +195,7 @@ class VideoStream:
     @torch.inference_mode()
     def push(self, pixels: Tensor) -> Tensor:
         """Codes of the units that are complete."""
-        codec, factor = self.codec, self.codec.image.factor
+        codec, factor = self.codec, self.codec.factor
         if len(pixels):
             check_pixels(pixels, 4, factor=factor)
             size = (pixels.shape[-2], pixels.shape[-1])
@@ -242,7 +247,7 @@ class VideoDecodeStream:
         codec = self.codec
         if len(codes):
             codes = codec.check_codes(codes, 4)
-        height, width = (codec.image.factor * side for side in codes.shape[1:3])
+        height, width = (codec.factor * side for side in codes.shape[1:3])
         frames = [torch.zeros((0, 3, height, width), device=codec.device)]
         for unit in codes[:, None]:
             frames.append(self._unit(unit))

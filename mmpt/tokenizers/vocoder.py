@@ -61,7 +61,7 @@ class Vocoder(Protocol):
 
 
 class GriffinLim:
-    """Mel frames -> wave: fast Griffin-Lim (Perraudin 2013) over the last block and this one.
+    """Mel frames -> wave: fast Griffin-Lim (Perraudin 2013) over a block and the end of the last.
 
     Phases of the frames already spoken are kept, and the first 10 ms of a block are cross-faded
     with what the last block foresaw. Output is 30 ms late: before that, windows do not overlap
@@ -70,25 +70,25 @@ class GriffinLim:
 
     FADE = HOP
     DELAY = WINDOW - HOP
+    OPEN = 4  # frames of the last block whose phases still adapt to this one
+    PAST = 8  # frames of the last block that those overlap with, and one to spare
 
     def __init__(self, block_frames: int, device: torch.device, *, num_steps: int = 32) -> None:
         self.num_steps = num_steps
         self.window = torch.hann_window(WINDOW, device=device)
-        self._magnitude: Tensor | None = None  # of the last block (513, frames)
-        self._phase: Tensor | None = None
-        self._foreseen = torch.zeros(self.FADE, device=device)
         generator = torch.Generator().manual_seed(0)
         angles = torch.rand(FFT // 2 + 1, block_frames, generator=generator) * 2 * math.pi
         self._random = torch.polar(torch.ones_like(angles), angles).to(device)
+        # the end of the last block: (513, 8)
+        self._phase = self._random[:, : self.PAST].clone()
+        self._magnitude = torch.full_like(self._phase, 1e-6, dtype=torch.float32)
+        self._foreseen = torch.zeros(self.FADE, device=device)
 
     def push(self, mel: Tensor) -> Tensor:
-        """Scaled log-mel (1, frames, 80) -> samples (160 frames,)."""
-        now = mel_magnitude(mel)[0]
-        size = now.shape[1]
-        if self._magnitude is None or self._phase is None:
-            self._magnitude, self._phase = torch.full_like(now, 1e-6), self._random
+        """Scaled log-mel (1, frames, 80), of 8 frames or more -> samples (160 frames,)."""
+        now, closed = mel_magnitude(mel)[0], self.PAST - self.OPEN
         magnitude = torch.cat([self._magnitude, now], dim=1)
-        phase, kept = torch.cat([self._phase, self._random], dim=1), self._phase
+        phase, kept = torch.cat([self._phase, self._random], dim=1), self._phase[:, :closed]
         last = torch.zeros_like(magnitude, dtype=torch.complex64)
         wave = self._invert(magnitude * phase)
         for _ in range(self.num_steps):
@@ -96,18 +96,19 @@ class GriffinLim:
             ahead = rebuilt + 0.99 * (rebuilt - last)
             last = rebuilt
             phase = ahead / ahead.abs().clamp(min=1e-12)
-            phase[:, : size - 4] = kept[:, : size - 4]  # what was spoken stays; the seam may adapt
+            phase[:, :closed] = kept  # what was spoken stays; the seam may adapt
             wave = self._invert(magnitude * phase)
-        self._magnitude, self._phase = now, phase[:, size:]
-        return self._cut(wave, size)
+        self._magnitude = magnitude[:, -self.PAST :].clone()
+        self._phase = phase[:, -self.PAST :].clone()
+        return self._cut(wave, now.shape[1] * HOP)
 
-    def _cut(self, wave: Tensor, size: int) -> Tensor:
-        begin = size * HOP - self.DELAY
-        samples = wave[begin : begin + size * HOP + self.FADE]
+    def _cut(self, wave: Tensor, count: int) -> Tensor:
+        begin = self.PAST * HOP - self.DELAY
+        samples = wave[begin : begin + count + self.FADE]
         ramp = torch.linspace(0, 1, self.FADE, device=wave.device)
         head = samples[: self.FADE] * ramp + self._foreseen * (1 - ramp)
-        self._foreseen = samples[size * HOP :]
-        return torch.cat([head, samples[self.FADE : size * HOP]]).clamp(-1, 1)
+        self._foreseen = samples[count:].clone()
+        return torch.cat([head, samples[self.FADE : count]]).clamp(-1, 1)
 
     # frame i covers 640 samples; in `wave` it ends at sample 160 (i + 1)
     def _invert(self, spectrum: Tensor) -> Tensor:
@@ -251,9 +252,8 @@ def overlap_add(frames: Tensor) -> Tensor:
     """Windows (..., T, 640), 160 samples apart -> their sum (..., 160 (T + 3))."""
     num_pieces = WINDOW // HOP
     pieces = rearrange(frames, "... t (p h) -> p ... t h", p=num_pieces)
-    return sum(
-        F.pad(piece, (0, 0, shift, num_pieces - 1 - shift)) for shift, piece in enumerate(pieces)
-    ).flatten(-2)
+    shifted = [F.pad(p, (0, 0, i, num_pieces - 1 - i)) for i, p in enumerate(pieces)]
+    return torch.stack(shifted).sum(0).flatten(-2)
 
 
 def overlap_weight(num_frames: int, device: torch.device) -> Tensor:

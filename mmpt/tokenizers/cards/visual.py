@@ -53,7 +53,7 @@ def measure_visual(
 
     Speeds are pictures a second, or multiples of real time.
     """
-    factor = factor_of(codec)
+    factor = codec.factor
     find = _pictures if codec.modality == Modality.IMAGE else _clips
     real, seen = find(heldout, factor), find(train, factor)
     if codec.modality == Modality.IMAGE:
@@ -67,11 +67,6 @@ def measure_visual(
     blocks = {name: _measure(system, real, amount) | shared for name, system in systems.items()}
     unknown = dict.fromkeys(blocks["baseline"]) | {"system": "not known for this codec"}
     return blocks | {"ceiling": blocks.get("ceiling", unknown)}
-
-
-def factor_of(codec: Codec) -> int:
-    """Pixels a side that one code of an image or video codec stands for."""
-    return int((codec.image if isinstance(codec, VideoCodec) else codec).factor)  # type: ignore[arg-type] # all visual codecs
 
 
 def _measure(system: System, clips: Sequence[Clip], amount: float) -> Block:
@@ -107,7 +102,7 @@ def _codec(codec: Codec) -> System:
 
 
 def _baseline(codec: Codec, clips: Sequence[Clip]) -> System:
-    factor = factor_of(codec)
+    factor = codec.factor
     cubes = CubeKMeans(factor=factor, group=GROUP)
     cubes.fit([clip.pixels for clip in clips], codec.codebook_size, codec.num_codebooks)
     patch, moving = f"{factor} x {factor}", codec.modality == Modality.VIDEO

@@ -17,11 +17,11 @@ from mmpt.tokenizers.objectives.base import Objective
 from mmpt.tokenizers.objectives.voices import vary
 from mmpt.tokenizers.objectives.waves import crop, wave_loss
 from mmpt.tokenizers.recipe import CodecRecipe
-from mmpt.tokenizers.speech import CHARACTERS, SpeechCodec
+from mmpt.tokenizers.speech import CHARACTERS, SpeechCodec, stack
 from mmpt.tokenizers.speech_stream import FRAMES_PER_CODE
 from mmpt.tokenizers.vocoder import HOP, SILENCE, WINDOW, log_mel
 
-MAX_SECONDS = 4.8  # that one training utterance may take
+MAX_SECONDS = 8.0  # that one training utterance may take
 COMMITMENT = 0.5
 
 
@@ -30,7 +30,6 @@ class SpeechObjective(Objective):
 
     def __init__(self, recipe: CodecRecipe, documents: list[list[Part]]) -> None:
         self.codec: SpeechCodec = SpeechCodec(recipe.speech)
-        self.quantize_from = recipe.warmup * 2
         self.augment, self.spelling = recipe.augment, recipe.spelling
         self.commitment = COMMITMENT * recipe.loss.quantizer
         self.seed = recipe.seed
@@ -45,6 +44,7 @@ class SpeechObjective(Objective):
         if not self.mels:
             raise UserError("the shards hold no sound to train on; name others")
         self.by_length = np.argsort([len(mel) for mel in self.mels], kind="stable")
+        self.codec.begin(self._frames(), torch.Generator().manual_seed(recipe.seed))
 
     def batch(self, generator: np.random.Generator, size: int) -> dict[str, Tensor]:
         # of similar length, so that little is padding
@@ -53,8 +53,8 @@ class SpeechObjective(Objective):
             near = self.by_length[-4 * size :]
         picks = generator.choice(near, size=min(size, len(near)), replace=False)
         mels = [self.mels[i] for i in picks]
-        if self.augment:
-            mels = [vary(mel, generator) for mel in mels]
+        if self.augment:  # half of them, for sounds as they are matter most
+            mels = [vary(mel, generator) if generator.random() < 0.5 else mel for mel in mels]
         block = self.codec.config.block * FRAMES_PER_CODE
         mels = [_shift(mel, generator, block) for mel in mels]
         length = max(math.ceil(len(mel) / block) for mel in mels) * block
@@ -75,8 +75,6 @@ class SpeechObjective(Objective):
     def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
         codec, mel = self.codec, batch["mel"]
         features = codec.encode_features(mel)
-        if step >= self.quantize_from and not codec.quantizer.ready:
-            self._initialise()
         out = codec.quantizer(features)
         positions = torch.arange(features.shape[1], device=mel.device)
         last = (batch["num_samples"] - 1).div(codec.samples_per_code, rounding_mode="floor")
@@ -112,17 +110,15 @@ class SpeechObjective(Objective):
         if self.codec.config.vocoder == "istft":
             self.waves.append(wave)
 
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        generator = np.random.default_rng((self.seed, 1))
-        features = []
-        for _ in range(8):
+    def _frames(self) -> Tensor:
+        """Stacked frames (N, 640) of a sample of what is trained on."""
+        generator, frames = np.random.default_rng((self.seed, 1)), []
+        for _ in range(16):
             batch = self.batch(generator, 64)
-            codes = self.codec.encode_features(batch["mel"].to(self.codec.device))
-            place = torch.arange(codes.shape[1]) * self.codec.samples_per_code
-            features.append(codes[place < batch["num_samples"][:, None]])
-        seeded = torch.Generator().manual_seed(self.seed)
-        self.codec.quantizer.initialise(torch.cat(features), seeded)
+            stacked = stack(batch["mel"])
+            place = torch.arange(stacked.shape[1]) * self.codec.samples_per_code
+            frames.append(stacked[place < batch["num_samples"][:, None]])
+        return torch.cat(frames)
 
 
 def _shift(mel: Tensor, generator: np.random.Generator, block: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Other voices out of the ones there are: log-mel frames varied as speakers and rooms vary them.
 
 A codec that hears few voices learns those; moving the mel axis stands for shorter and longer vocal
-tracts (Jaitly and Hinton 2013), stretching time for pace, adding noise and loudness for rooms.
+tracts (Jaitly and Hinton 2013), stretching time for pace, colour and noise for throats and rooms.
 
 Legend: T mel frames (100 a second), 80 bands.
 """
@@ -19,6 +19,7 @@ from mmpt.tokenizers.vocoder import NUM_MEL, SILENCE, mel_centres
 TRACT = 0.15  # frequencies are multiplied by up to exp of this, or divided
 PACE = (0.85, 1.18)
 LOUDNESS = (-0.5, 0.35)  # in half nats, as mel frames are scaled
+COLOUR, NUM_KNOTS = 0.25, 5  # how much louder some bands are than others, in a smooth curve
 NOISE = (-3.0, -0.5)  # a floor of noise, on the same scale
 
 
@@ -28,7 +29,9 @@ def vary(mel: Tensor, generator: np.random.Generator) -> Tensor:
         mel = warp(mel, math.exp(generator.uniform(-TRACT, TRACT)))
     length = max(1, round(len(mel) / generator.uniform(*PACE)))
     mel = F.interpolate(mel.T[None], size=length, mode="linear")[0].T
-    mel = mel + generator.uniform(*LOUDNESS)
+    knots = generator.normal(0, COLOUR, NUM_KNOTS)
+    colour = np.interp(np.linspace(0, NUM_KNOTS - 1, NUM_MEL), np.arange(NUM_KNOTS), knots)
+    mel = mel + torch.from_numpy(colour.astype(np.float32)) + generator.uniform(*LOUDNESS)
     if generator.random() < 0.5:
         grain = torch.from_numpy(generator.normal(0, 0.3, mel.shape).astype(np.float32))
         # magnitudes add up; the scale halves logarithms
