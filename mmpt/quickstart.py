@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=RunRecipe)
 
-SHARES = {"pretrain": 0.82, "adapt": 0.18}  # of `minutes`
+SHARES = {"pretrain": 0.85, "adapt": 0.15}  # of `minutes`
 
 
 class Stopped(Exception):
     """A stage was asked to stop; what it did is on disk."""
 
 
-def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 7.0, seed: int = 0) -> dict:
+def quickstart(*, out: Path = Path("runs/quickstart"), minutes: float = 7.5, seed: int = 0) -> dict:
     """Run the main job on the sampler: encode, pretrain, adapt, evaluate, generate, report.
 
     Ctrl-C stops cleanly; the same command goes on. `minutes` is the time to train for, from which

@@ -2,13 +2,14 @@
 
 Documents whose parts are views of one idea are laid out with the target last, behind all their
 other parts; pages are read as they are. Only content counts: text ids and codes, not begins, sizes
-and ends. The shuffled control gives each target the condition of another document with parts of
-the same kinds: a model that ignores its condition gains nothing from the right one.
+and ends. The shuffled control gives each target the conditions of four other documents with parts
+of the same kinds: a model that ignores its condition gains nothing from the right one.
 """
 
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mmpt.vocab import Modality, Vocabulary
 
 LENGTH = 512  # ids of a row; longer pages are cut as in training
 BATCH = 16
+OTHERS = 4  # wrong conditions of a document, averaged: one alone may be near or far by chance
 BASELINES = {
     Modality.TEXT: ("bigram", bigram),
     Modality.IMAGE: ("unigram per grid position", position_unigram),
@@ -137,18 +139,21 @@ def _shuffled(
     heldout: Sequence[EncodedDocument],
     separator: np.ndarray,
 ) -> dict[str, Any]:
-    right, wrong, bases = [], [], []
-    for document, other in _pairs(heldout, modality):
-        bases.append(document.base)
-        for out, source in ((right, None), (wrong, other)):
-            stream = to_conditioned_stream(
-                document, vocabulary, modality, separator=separator, condition_from=source
-            )
-            out.append(Scored(stream, stream.modality, stream.loss_weight > 0))
-    if not right:
+    def scored(document: EncodedDocument, source: EncodedDocument | None) -> Scored:
+        stream = to_conditioned_stream(
+            document, vocabulary, modality, separator=separator, condition_from=source
+        )
+        return Scored(stream, stream.modality, stream.loss_weight > 0)
+
+    pairs = list(_with_others(heldout, modality))
+    if not pairs:
         return {"shuffled_nats": None, "conditioned_nats": None, "shuffled_minus_right": None}
+    bases = [document.base for document, _ in pairs]
+    right = [scored(document, None) for document, _ in pairs]
+    wrong = [scored(document, other) for document, others in pairs for other in others]
     counts = [int(stream.loss_weight.sum()) for stream in right]
-    good, bad = (_sums(model, streams, vocabulary) for streams in (right, wrong))
+    good, each = _sums(model, right, vocabulary), iter(_sums(model, wrong, vocabulary))
+    bad = [sum(islice(each, len(others))) / len(others) for _, others in pairs]
     # documents of one idea are not independent: the bootstrap draws ideas
     by_base = (_by_base(bases, values) for values in (bad, good, counts))
     interval = paired_interval(*by_base, generator=np.random.default_rng(0))
@@ -168,10 +173,10 @@ def _by_base(bases: Sequence[str], values: Sequence[float]) -> list[float]:
     return list(sums.values())
 
 
-def _pairs(
+def _with_others(
     documents: Sequence[EncodedDocument], target: Modality
-) -> Iterator[tuple[EncodedDocument, EncodedDocument]]:
-    """Each document that has a condition, with another that has parts of the same kinds."""
+) -> Iterator[tuple[EncodedDocument, list[EncodedDocument]]]:
+    """Each document that has a condition, with others that have parts of the same kinds."""
     alike: dict[tuple[Modality, ...], list[EncodedDocument]] = defaultdict(list)
     for document in documents:
         kinds = tuple(s.modality for s in document.segments if s.modality != target)
@@ -184,7 +189,7 @@ def _pairs(
                 other for other in group[place + 1 :] + group[:place] if other.base != document.base
             ]
             if rest:
-                yield document, rest[0]
+                yield document, rest[:OTHERS]
 
 
 def _sums(model: Decoder, streams: Sequence["Scored"], vocabulary: Vocabulary) -> list[float]:

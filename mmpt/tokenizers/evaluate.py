@@ -78,8 +78,9 @@ def evaluate(
     if shards:
         heldout = find_documents(shards)
     else:
+        # a recipe may name shards several times, to draw them more often; they are measured once
         beside = [pattern.replace("-train-", "-heldout-") for pattern in recipe.shards]
-        heldout = find_documents([*beside, *recipe.heldout], heldout=True)
+        heldout = find_documents(list(dict.fromkeys([*beside, *recipe.heldout])), heldout=True)
     seen = find_documents(train) if train else find_documents(recipe.shards, heldout=False)
     began = time.monotonic()
     with _one_thread():

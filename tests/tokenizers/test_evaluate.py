@@ -181,6 +181,10 @@ def test_only_held_out_documents_are_measured(measured: Path, tmp_path: Path) ->
     recipe.write_text(f'kind = "text"\nshards = ["{whole / "all.tar"}"]\n')
     kept = sum(len(k) * 9 for k in keys if is_heldout(k))
     assert evaluate(str(whole / "text"))["bytes"] == kept
+    # shards that are named twice are drawn twice as often, and measured once
+    twice = f'"{whole / "all.tar"}", "{whole / "all.tar"}"'
+    recipe.write_text(f'kind = "text"\nshards = [{twice}]\n')
+    assert evaluate(str(whole / "text"))["bytes"] == kept
     everything = evaluate(str(whole / "text"), [str(whole / "all.tar")])
     assert everything["bytes"] == sum(len(k) * 9 for k in keys)
     # and shards that the recipe names beside them
