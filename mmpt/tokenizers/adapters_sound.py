@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mmpt.config import UserError
 from mmpt.tokenizers.adapters import MAX_SECONDS, Adapter, AdapterConfig, WholeStream
+from mmpt.tokenizers.base import through
 from mmpt.vocab import Modality
 
 
@@ -62,21 +63,13 @@ class SoundAdapter(Adapter):
             raise UserError(
                 f"wave must be (batch, samples), finite, not empty; got {tuple(wave.shape)}"
             )
-        out = []
-        for samples in wave:
-            stream = self.stream()
-            out.append(torch.cat([stream.push(samples), stream.flush()]))
-        return torch.stack(out)
+        return torch.stack([through(self.stream(), samples) for samples in wave])
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """Wave float (B, n hop) in [-1, 1]; accepts every legal code."""
         codes = self.check_codes(codes, 3)
-        out = []
-        for row in codes:
-            stream = self.decode_stream()
-            out.append(torch.cat([stream.push(row), stream.flush()]))
-        return torch.stack(out)
+        return torch.stack([through(self.decode_stream(), row) for row in codes])
 
     def stream(self) -> WholeStream:
         """push(samples (any,)) collects; flush() gives the codes (n, Q) of all of them."""

@@ -149,6 +149,11 @@ class Codec(nn.Module, abc.ABC):
         return codec.eval()
 
 
+def through(stream: Any, medium: Tensor) -> Tensor:
+    """What a stream makes of a whole medium: everything pushed at once, and its tail."""
+    return torch.cat([stream.push(medium), stream.flush()])
+
+
 def codec_folder(name_or_path: str | Path) -> Path:
     """The folder of a codec given as a path or as a name of the shipped zoo."""
     if (Path(name_or_path) / "config.json").is_file():

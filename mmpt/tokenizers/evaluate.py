@@ -128,8 +128,7 @@ def _recipe(folder: Path, codec: Codec, shards: Sequence[str], train: Sequence[s
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # media are measured one by one; on a busy machine, threads for so little work wait for each
-    # other, and one of them is thirty times as fast as two
+    # media are measured one by one: threads for so little work only wait for each other
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,8 @@
 """Muon for convolutions: the momentum of each kernel, made orthogonal, and Adam for all else.
 
 Keller Jordan et al., "Muon" (2024); the scale that makes its steps as long as Adam's is that of
-arXiv 2502.16982, section 2.2, so that both halves share one learning rate.
+arXiv 2502.16982, section 2.2, so that both halves share one learning rate. torch.optim.Muon takes
+matrices only; here a kernel counts as the matrix of its output channels.
 """
 
 from collections.abc import Iterable

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpt.config import UserError, to_dict
-from mmpt.tokenizers.base import Codec, tensors_of
+from mmpt.tokenizers.base import Codec, tensors_of, through
 from mmpt.tokenizers.quantize import QuantizerConfig, build_quantizer
 from mmpt.tokenizers.speech_layers import Attention, transformer, zero_conv, zero_linear
 from mmpt.tokenizers.speech_stream import (
@@ -258,21 +258,13 @@ class SpeechCodec(Codec):
         """Codes (B, ceil(N / 1280), Q): pushing each wave through a stream."""
         if wave.ndim != 2 or wave.numel() == 0:
             raise UserError(f"wave must be (batch, samples), not empty; got {tuple(wave.shape)}")
-        out = []
-        for samples in wave:
-            stream = self.stream()
-            out.append(torch.cat([stream.push(samples), stream.flush()]))
-        return torch.stack(out)
+        return torch.stack([through(self.stream(), samples) for samples in wave])
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """Wave float (B, 1280 n) in [-1, 1]: pushing each row of codes through a stream."""
         codes = self.check_codes(codes, 3)
-        out = []
-        for row in codes:
-            stream = self.decode_stream()
-            out.append(torch.cat([stream.push(row), stream.flush()]))
-        return torch.stack(out)
+        return torch.stack([through(self.decode_stream(), row) for row in codes])
 
     def stream(self) -> SpeechStream:
         """Samples in, codes out, a block late."""

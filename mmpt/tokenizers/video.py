@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mmpt import hub
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
-from mmpt.tokenizers.base import FORMAT_VERSION, Codec, load_codec, tensors_of
+from mmpt.tokenizers.base import FORMAT_VERSION, Codec, load_codec, tensors_of, through
 from mmpt.tokenizers.image import FACTOR, ImageCodec, check_pixels
 from mmpt.tokenizers.quantize import Quantized
 from mmpt.tokenizers.temporal import GROUP as GROUP  # part of this file's interface
@@ -133,7 +133,7 @@ class VideoCodec(Codec):
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes (B, 1 + n, h, w, Q): pushing each clip through a stream."""
         check_pixels(pixels, 5, factor=self.factor)
-        return torch.stack([_run(self.stream(), clip) for clip in pixels])
+        return torch.stack([through(self.stream(), clip) for clip in pixels])
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
@@ -296,10 +296,6 @@ def _in_time(coded: list[Quantized]) -> Quantized:
         torch.stack([later.loss for later in coded[1:]]).mean(),
         parts,
     )
-
-
-def _run(stream: VideoStream, pixels: Tensor) -> Tensor:
-    return torch.cat([stream.push(pixels), stream.flush()])
 
 
 def pad_to_factor(pixels: Tensor, factor: int = FACTOR) -> Tensor:
