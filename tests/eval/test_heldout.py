@@ -10,7 +10,13 @@ import pytest
 from mmpt.config import UserError
 from mmpt.data.shards import is_heldout
 from mmpt.data.tokens import EncodedDocument, ShardWriter
-from mmpt.eval.heldout import content_streams, evaluate_modality, evaluate_model
+from mmpt.eval.heldout import (
+    OTHERS,
+    _with_others,
+    content_streams,
+    evaluate_modality,
+    evaluate_model,
+)
 from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Segment
@@ -100,3 +106,17 @@ def test_a_folder_of_token_shards_is_evaluated(
     with pytest.raises(UserError) as caught:
         evaluate_model(folder, tokens=tokens)
     assert "\n" not in str(caught.value)
+
+
+def test_a_document_is_given_the_conditions_of_several_others_of_another_idea():
+    def document(number: int) -> EncodedDocument:
+        parts = [Segment(Modality.TEXT, np.arange(3)), Segment(Modality.SPEECH, np.arange(4))]
+        return EncodedDocument(f"d-{number}", f"idea-{number // 2}", "any", parts)
+
+    documents = [document(number) for number in range(12)]
+    told = list(_with_others(documents, Modality.SPEECH))
+    assert [one.key for one, _ in told] == [one.key for one in documents]
+    for one, others in told:
+        assert len({other.key for other in others}) == OTHERS > 1
+        assert one.base not in {other.base for other in others}
+    assert not list(_with_others(documents[:2], Modality.SPEECH))  # nobody else to ask
