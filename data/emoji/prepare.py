@@ -212,8 +212,8 @@ def clip_record(emoji: Emoji, settings: Settings) -> Record | None:
     return Record(f"{emoji.key}-clip", emoji.base, "any", parts, "emoji", LICENSE, emoji.mirror)
 
 
-def synthesize(text: str, voice: str) -> np.ndarray:
-    """The spoken text, int16 (num_samples,) at 16 kHz."""
+def synthesize(text: str, voice: str, *, pitch: float = 1.0, pace: float = 1.0) -> np.ndarray:
+    """The spoken text, int16 (num_samples,) at 16 kHz; pitch and pace in those of the voice."""
     import av
     import soundfile
 
@@ -221,9 +221,13 @@ def synthesize(text: str, voice: str) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spoken.wav"
         if engine == "espeak-ng":
-            command = ["espeak-ng", "-v", name, "-w", str(path), "--", text]
+            # 50 of 99 and 175 words a minute are what every voice begins with
+            how = ["-p", str(round(50 * pitch)), "-s", str(round(175 * pace))]
+            command = ["espeak-ng", "-v", name, *how, "-w", str(path), "--", text]
         else:
-            command = ["flite", "-voice", name, "-t", text, "-o", str(path)]
+            how = ["--setf", f"f0_shift={pitch}"] if pitch != 1 else []
+            how += ["--setf", f"duration_stretch={1 / pace}"] if pace != 1 else []
+            command = ["flite", "-voice", name, *how, "-t", text, "-o", str(path)]
         subprocess.run(command, check=True, capture_output=True)
         wave, rate = soundfile.read(path, dtype="int16")
     if rate == SAMPLE_RATE:

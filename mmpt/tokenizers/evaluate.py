@@ -22,14 +22,16 @@ from mmpt.data.shards import Document
 from mmpt.parts import Audio, Image, Part, Text, Video, load_part
 from mmpt.tokenizers.base import Codec, codec_folder, codec_names, load_codec
 from mmpt.tokenizers.cards import speech, text, visual, words
+from mmpt.tokenizers.cards.baseline import FrameKMeans
 from mmpt.tokenizers.cards.system import Block, Card, require, rounded
 from mmpt.tokenizers.image import from_pixels, to_pixels
-from mmpt.tokenizers.recipe import CodecRecipe, find_documents, load_codec_recipe
+from mmpt.tokenizers.recipe import CodecRecipe, find_documents, find_shards, load_codec_recipe
 from mmpt.tokenizers.video import pad_to_factor
 from mmpt.vocab import Modality
 
 log = logging.getLogger(__name__)
 
+BASELINE = "baseline.safetensors"
 SPEEDS = {
     Modality.TEXT: "bytes a second",
     Modality.IMAGE: "pictures a second",
@@ -71,7 +73,8 @@ def evaluate(
     SHARDS are measured whole; without them, the held-out documents that belong to the recipe are.
     --train: what the codec was trained on, to fit the baseline on, instead of the recipe's shards.
     --judge: a folder with a Whisper model (CTranslate2) that hears words, instead of pocketsphinx
-    with a grammar. --save: also write metrics.json into the codec's folder.
+    with a grammar. --save: also write metrics.json into the codec's folder, and for sound the
+    baseline, which serves where shards that it was fitted on are missing.
     """
     codec, folder = load_codec(name), codec_folder(name)
     recipe = _recipe(folder, codec, shards, train)
@@ -80,11 +83,18 @@ def evaluate(
     else:
         # a recipe may name shards several times, to draw them more often; they are measured once
         beside = [pattern.replace("-train-", "-heldout-") for pattern in recipe.shards]
+        beside = [pattern for pattern in beside if find_shards(pattern)]
         heldout = find_documents(list(dict.fromkeys([*beside, *recipe.heldout])), heldout=True)
-    seen = find_documents(train) if train else find_documents(recipe.shards, heldout=False)
     began = time.monotonic()
     with _one_thread():
-        blocks, notes = _measure(codec, heldout, seen, recipe.unseen_voices, judge)
+        if codec.modality == Modality.SPEECH:
+            require("torchaudio", "pystoi", "jiwer")
+            baseline = _sound_baseline(codec, folder, recipe, train)
+            blocks, notes = _measure_speech(codec, heldout, baseline, recipe.unseen_voices, judge)
+            if save:
+                baseline.save(folder / BASELINE)
+        else:
+            blocks, notes = _measure(codec, heldout, _seen(recipe, train)), []
     card = Card(
         tokenizer=codec.name,
         modality=codec.modality.name.lower(),
@@ -137,38 +147,55 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _seen(recipe: CodecRecipe, train: Sequence[str]) -> list[Document]:
+    """What the codec was trained on."""
+    return find_documents(train) if train else find_documents(recipe.shards, heldout=False)
+
+
 def _measure(
-    codec: Codec,
-    heldout: Sequence[Document],
-    seen: Sequence[Document],
-    unseen_voices: Sequence[str],
-    whisper: Path | None,
-) -> tuple[dict[str, Block], list[str]]:
-    """The blocks by name, "" for the codec, and what could not be measured, in sentences."""
-    if codec.modality == Modality.SPEECH:
-        require("torchaudio", "pystoi", "jiwer")
-        return _measure_speech(codec, heldout, seen, unseen_voices, whisper)
+    codec: Codec, heldout: Sequence[Document], seen: Sequence[Document]
+) -> dict[str, Block]:
+    """The blocks by name, "" for the codec."""
     parts, others = ([document.parts for document in split] for split in (heldout, seen))
     if codec.modality == Modality.TEXT:
-        return text.measure_text(codec, parts), []
+        return text.measure_text(codec, parts)
     require("torchmetrics")
-    return visual.measure_visual(codec, parts, others), []
+    return visual.measure_visual(codec, parts, others)
+
+
+def _sound_baseline(
+    codec: Codec, folder: Path, recipe: CodecRecipe, train: Sequence[str]
+) -> FrameKMeans:
+    """Fitted on what the codec was trained on; as it was fitted, where some of that is missing."""
+    missing = [pattern for pattern in recipe.shards if not find_shards(pattern)]
+    if train or not missing or not (folder / BASELINE).is_file():
+        sounds = speech.utterances(_seen(recipe, train))
+        return speech.fit_baseline(codec, sounds, train or recipe.shards)
+    log.info("no %s here: the baseline is %s", ", ".join(missing), folder / BASELINE)
+    baseline = FrameKMeans.load(folder / BASELINE)
+    if baseline.shards != recipe.shards:
+        raise UserError(
+            f"{folder / BASELINE} was fitted on other shards than recipe.toml names; get "
+            f"{', '.join(missing)} to fit it again"
+        )
+    return baseline
 
 
 def _measure_speech(
     codec: Codec,
     heldout: Sequence[Document],
-    seen: Sequence[Document],
+    baseline: FrameKMeans,
     unseen_voices: Sequence[str],
     whisper: Path | None,
 ) -> tuple[dict[str, Block], list[str]]:
-    real, others = speech.utterances(heldout), speech.utterances(seen)
-    words.check_unseen(unseen_voices, others)
+    """The blocks by name, and what could not be measured, in sentences."""
+    real = speech.utterances(heldout)
+    words.check_unseen(unseen_voices, baseline.voices)
     picks, notes = words.judged(real, unseen_voices, whisper=whisper)
-    blocks, waves = speech.measure_sound(codec, real, others)
+    blocks, waves = speech.measure_sound(codec, real, baseline)
     blocks["original"] = {"system": "the sound itself"}
     waves["original"] = [utterance.wave for utterance in real]
-    rows = words.by_voice([real[index].voice for index in picks], unseen_voices, others)
+    rows = words.by_voice([real[index].voice for index in picks], unseen_voices, baseline.voices)
     said = words.measure_words(waves, [real[i].text for i in picks], picks, rows, whisper=whisper)
     for note in notes:
         log.warning("%s", note)

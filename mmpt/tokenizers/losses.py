@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mmpt.config import UserError
 
 PEAK = 2.0  # pixels are in [-1, 1]
+PICTURE_TERMS = ("l1", "l2", "gradient", "ssim", "features", "lpips")
 SSIM_WINDOW = 7  # so that a picture of 32 pixels has three scales, one of 64 four
 # of the scales, finest first (Wang et al. 2003, section 3.2)
 SSIM_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -23,9 +24,10 @@ class LossConfig:
     """The weight of each term; 0 leaves it out.
 
     Of pictures: l1, l2, gradient, ssim, features (a frozen random network, drawn from
-    features_seed), lpips_weight (of the network in the file `lpips`), and discriminator with its
-    penalty lecam, which begins at the share `discriminator_from` of the steps. Of every medium:
-    quantizer, on top of the weights of the quantiser's own terms (commitment, entropy).
+    features_seed) and lpips_weight (of the network in the file `lpips`). Of every medium:
+    discriminator with its penalty lecam, which begins at the share `discriminator_from` of the
+    steps (log-mel frames are pictures of one channel), and quantizer, on top of the weights of the
+    quantiser's own terms (commitment, entropy).
     """
 
     l1: float = 0.0

@@ -162,11 +162,16 @@ def _read(patterns: Sequence[str]) -> Iterator[Document]:
 
 def _find(patterns: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
-    sampler = hub.shipped("data/sampler") if hub.holds("data/sampler") else None
     for pattern in patterns:
-        found = sorted(sampler.glob(pattern)) if sampler and "/" not in pattern else []
-        found = found or [Path(path) for path in sorted(glob.glob(pattern))]
+        found = find_shards(pattern)
         if not found:
             raise UserError(f"no shard matches {pattern!r} here or in data/sampler")
         paths += found
     return paths
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The shards that match, under data/sampler or here; none is no error."""
+    sampler = hub.shipped("data/sampler") if hub.holds("data/sampler") else None
+    found = sorted(sampler.glob(pattern)) if sampler and "/" not in pattern else []
+    return found or [Path(path) for path in sorted(glob.glob(pattern))]

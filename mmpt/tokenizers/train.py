@@ -26,6 +26,7 @@ from mmpt.process import StopRequest
 from mmpt.tokenizers.base import Codec, load_codec
 from mmpt.tokenizers.checkpoint import State
 from mmpt.tokenizers.health import Unhealthy
+from mmpt.tokenizers.losses import PICTURE_TERMS, LossConfig
 from mmpt.tokenizers.objectives import OBJECTIVES, Objective
 from mmpt.tokenizers.processes import Processes
 from mmpt.tokenizers.recipe import CodecRecipe, load_codec_recipe, read_parts, read_split
@@ -83,8 +84,8 @@ class Training:
         self.objective = OBJECTIVES[recipe.kind](recipe, documents)
         if recipe.start:
             _go_on_from(recipe.start, self.objective)
-        if recipe.loss.discriminator and self.objective.adversary is None:
-            log.warning("loss.discriminator has no effect on %s codecs", recipe.kind)
+        if recipe.kind == "speech":
+            _warn_of_picture_losses(recipe.loss)
         self.objective.to(processes.device)
         self.state = State(recipe, self.objective)
         self.samples = Samples(self.objective.codec, heldout, documents)
@@ -219,6 +220,14 @@ class Training:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file gets few lines
             dynamic_ncols=True,
         )
+
+
+def _warn_of_picture_losses(loss: LossConfig) -> None:
+    """Frames of sound are compared in one way only."""
+    given = [name for name in PICTURE_TERMS if getattr(loss, name) != getattr(LossConfig(), name)]
+    if given:
+        names = ", ".join(f"loss.{name}" for name in given)
+        log.warning("%s: no effect on speech codecs, these are of pictures", names)
 
 
 def _go_on_from(start: str, objective: Objective) -> None:

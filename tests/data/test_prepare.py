@@ -244,7 +244,7 @@ def test_sentences_are_of_three_to_eight_plain_words_and_each_comes_once():
 
 def test_unseen_voices_speak_held_out_sentences_only_and_every_voice_is_heard():
     settings = voices.Settings()
-    jobs = [(tuple(said), voice) for said, voice in voices.list_utterances(settings)]
+    jobs = [(tuple(said.sentences), said.voice) for said in voices.list_utterances(settings)]
     heldout = [job for job in jobs if is_heldout(voices.base_of(list(job[0])))]
     train = [job for job in jobs if job not in heldout]
     assert len(set(jobs)) == len(jobs)
@@ -259,12 +259,30 @@ def test_unseen_voices_speak_held_out_sentences_only_and_every_voice_is_heard():
     assert len(heldout) - len(unseen) == settings.num_heldout * settings.num_seen
 
 
+def test_more_voices_say_nothing_that_is_held_out_and_nothing_twice():
+    settings = voices.Settings(num_more=300)
+    jobs = list(voices.list_more(settings))
+    assert 250 < len(jobs) <= 300
+    assert jobs == list(voices.list_more(settings))
+    assert len({(said.sentences[0], said.voice) for said in jobs}) == len(jobs)
+    assert {said.voice for said in jobs} <= {*voices.SEEN_VOICES, *voices.MORE_VOICES}
+    assert not set(voices.UNSEEN_VOICES) & {*voices.SEEN_VOICES, *voices.MORE_VOICES}
+    grammar = [said.sentences for said in jobs if len(said.sentences) > 1]
+    keywords = [said.sentences for said in jobs if len(said.sentences) == 1]
+    assert len(grammar) > len(keywords) > 50
+    assert not any(is_heldout(voices.base_of([s])) for said in grammar for s in said)
+    assert not any(is_heldout(voices.base_of(said.sentences)) for said in jobs)
+    assert list(voices.list_more(voices.Settings(num_more=0))) == []
+
+
 def test_an_utterance_says_who_speaks_and_whether_that_voice_is_unseen(monkeypatch):
     wave = np.zeros(16_000, np.int16)
     wave[5000:8000] = 9000 * np.sin(np.arange(0.5, 3000))
-    monkeypatch.setattr(emoji, "synthesize", lambda text, voice: wave)
+    monkeypatch.setattr(emoji, "synthesize", lambda text, voice, **how: wave)
     for voice, unseen in (("flite:slt", False), ("espeak-ng:en-us+f5", True)):
-        record = voices.utterance_record(["two red birds"], voice, voices.Settings())
+        record = voices.utterance_record(
+            voices.Utterance(["two red birds"], voice), voices.Settings()
+        )
         text, sound = record.parts
         assert text == {"type": "text", "text": "two red birds"}
         assert (sound["voice"], sound["unseen"], sound["synthetic"]) == (voice, unseen, True)

@@ -127,6 +127,34 @@ def test_a_voice_that_spoke_in_training_is_not_called_unseen(
         evaluate(str(folder))
 
 
+def test_a_saved_baseline_of_sound_stands_in_for_missing_shards(
+    measured: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(measured / "speech", tmp_path / "speech")
+    for path in measured.glob("mixed-*.tar"):
+        shutil.copy(path, tmp_path)
+    recipe = (folder / "recipe.toml").read_text().replace(str(measured), str(tmp_path))
+    (folder / "recipe.toml").write_text(recipe)
+    fitted = evaluate(str(folder), save=True)
+    (tmp_path / "mixed-train-0.tar").unlink()
+    again = evaluate(str(folder))
+    for card in (fitted, again):
+        assert "baseline: k-means of 8 log-mel frames" in card["compared"]
+        assert (card["judged_seen"], card["judged_unseen"]) == (1, 1)
+    for key in ("spectral", "log_mel_distance", "wer", "perplexity"):
+        assert again["baseline"][key] == fitted["baseline"][key]
+    (folder / "recipe.toml").write_text(recipe.replace("mixed-train-", "mixed-trained-"))
+    with pytest.raises(UserError, match="was fitted on other shards than"):
+        evaluate(str(folder), [str(tmp_path / "mixed-heldout-0.tar")])
+    (folder / "recipe.toml").write_text(recipe)
+    (folder / "baseline.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="holds no baseline of sound"):
+        evaluate(str(folder))
+    (folder / "baseline.safetensors").unlink()
+    with pytest.raises(UserError, match="no shard matches"):
+        evaluate(str(folder))
+
+
 def test_sound_without_transcripts_has_a_card_without_word_errors(
     measured: Path, tmp_path: Path
 ) -> None:

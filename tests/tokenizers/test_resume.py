@@ -41,8 +41,8 @@ CASES = {
     "image": ("image", []),
     "image, all losses": ("image", [*ALL_LOSSES, *ADVERSARY]),
     "image, learned codebook": ("image", LEARNED),
-    "video": ("video", []),
-    "speech": ("speech", []),
+    "video": ("video", ADVERSARY),
+    "speech": ("speech", ADVERSARY),
     "speech as it is": ("speech", ["augment=false"]),
 }
 WRITTEN = ("model.safetensors", "config.json", "train.jsonl", "recipe.toml")

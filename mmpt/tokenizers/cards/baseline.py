@@ -3,15 +3,22 @@
 Legend: N vectors, D width, K centres, Q codebooks, T frames, H W pixels, t h w codes.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
+import safetensors
+import safetensors.torch
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
+from mmpt.config import UserError, write_atomic
 from mmpt.tokenizers.codebooks import kmeans, nearest_centre
+from mmpt.tokenizers.vocoder import HOP, NUM_MEL, log_mel
 
 MAX_POINTS = 100_000  # vectors that a baseline is fitted on
 MAX_CENTRES = 4096  # of one stage; a larger codebook is as many bits in several stages
@@ -113,6 +120,71 @@ class CubeKMeans:
         left, right = self.PATCH.split(" -> ")
         sizes = {"g": group, "p": self.factor, "q": self.factor, "c": 3}
         return rearrange(points, f"{right} -> {left}", h=grid[0], w=grid[1], **sizes)
+
+
+class FrameKMeans:
+    """Waves (N,) <-> codes (n, Q): log-mel frames of one position, stacked.
+
+    voices: who speaks in what it was fitted on; shards: where that is.
+    """
+
+    def __init__(
+        self, centres: KMeans, *, voices: Sequence[str] = (), shards: Sequence[str] = ()
+    ) -> None:
+        self.centres = centres
+        self.frames = centres.stages[0].shape[1] // NUM_MEL
+        self.voices, self.shards = tuple(voices), tuple(shards)
+
+    @classmethod
+    def fit(
+        cls,
+        waves: Sequence[Tensor],
+        frames: int,
+        num_centres: int,
+        num_codebooks: int,
+        **known: Sequence[str],
+    ) -> Self:
+        """Learn from waves at 16 kHz; `known` is voices and shards."""
+        points = [_frames(wave, frames) for wave in waves]
+        stages = KMeans.fit(points, num_centres, num_codebooks).stages
+        # rounded as `save` does, so that a saved one codes alike
+        return cls(KMeans([stage.half().float() for stage in stages]), **known)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        return f"k-means of {self.frames} log-mel frames"
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """Codes of a wave, the last position filled with silence."""
+        return self.centres.encode(_frames(wave, self.frames))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Log-mel frames (T, 80) of codes."""
+        return rearrange(self.centres.decode(codes), "n (f m) -> (n f) m", m=NUM_MEL)
+
+    def save(self, path: Path) -> None:
+        """Write it as safetensors (fp16), atomically."""
+        tensors = {f"stage_{i}": stage.half() for i, stage in enumerate(self.centres.stages)}
+        known = {"voices": json.dumps(self.voices), "shards": json.dumps(self.shards)}
+        write_atomic(path, safetensors.torch.save(tensors, metadata=known))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What `save` wrote. Raises UserError for another file."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = sorted(file.keys(), key=lambda name: int(name.removeprefix("stage_")))
+                stages = [file.get_tensor(name).float() for name in names]
+                known = {key: json.loads(file.metadata()[key]) for key in ("voices", "shards")}
+            return cls(KMeans(stages), **known)
+        except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path} holds no baseline of sound: {error}") from None
+
+
+def _frames(wave: Tensor, count: int) -> Tensor:
+    mel = log_mel(F.pad(wave, (0, -len(wave) % (count * HOP)))[None])[0]
+    return rearrange(mel, "(n f) m -> n (f m)", f=count)
 
 
 def _sample(groups: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torchaudio.functional
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -22,12 +21,11 @@ from mmpt.config import UserError
 from mmpt.data.shards import Document
 from mmpt.parts import Audio, Text
 from mmpt.tokenizers.base import Codec
-from mmpt.tokenizers.cards.baseline import KMeans
+from mmpt.tokenizers.cards.baseline import FrameKMeans
 from mmpt.tokenizers.cards.system import Block, System, Tally, mean
 from mmpt.tokenizers.vocoder import (
     FFT,
     HOP,
-    NUM_MEL,
     SAMPLE_RATE,
     SILENCE,
     WINDOW,
@@ -74,13 +72,13 @@ def utterances(documents: Sequence[Document]) -> list[Utterance]:
 
 
 def measure_sound(
-    codec: Codec, heldout: Sequence[Utterance], train: Sequence[Utterance]
+    codec: Codec, heldout: Sequence[Utterance], baseline: FrameKMeans
 ) -> tuple[dict[str, Block], dict[str, list[Tensor]]]:
     """The blocks of a speech codec by name ("" is the codec), and the waves of each system.
 
     Speeds are multiples of real time.
     """
-    systems = {"": _codec(codec), "baseline": _baseline(codec, train), "ceiling": _ceiling()}
+    systems = {"": _codec(codec), "baseline": _baseline(baseline), "ceiling": _ceiling()}
     blocks, waves = {}, {}
     for name, system in systems.items():
         blocks[name], waves[name] = _measure(system, heldout)
@@ -158,27 +156,25 @@ def _codec(codec: Codec) -> System:
     return System(name=codec.name, encode=encode, decode=decode, sizes=sizes)
 
 
-def _baseline(codec: Codec, train: Sequence[Utterance]) -> System:
+def fit_baseline(
+    codec: Codec, train: Sequence[Utterance], shards: Sequence[str] = ()
+) -> FrameKMeans:
+    """k-means in as many bits as the codec, of the sounds that it was trained on."""
     rate = _codec(codec).encode(torch.zeros(10 * SAMPLE_RATE)).shape[0] / 10
     frames = max(1, round(MEL_RATE / rate))
     # codecs whose codes do not come in whole frames get the nearest number of bits
     depth = max(1, round(codec.num_codebooks * rate * frames / MEL_RATE))
-    stack = "(n f) m -> n (f m)"
+    voices = sorted({utterance.voice for utterance in train} - {""})
+    waves = [utterance.wave for utterance in train]
+    return FrameKMeans.fit(waves, frames, codec.codebook_size, depth, voices=voices, shards=shards)
 
-    def points(wave: Tensor) -> Tensor:
-        mel = log_mel(F.pad(wave, (0, -len(wave) % (frames * HOP)))[None])[0]
-        return rearrange(mel, stack, f=frames)
 
-    centres = KMeans.fit([points(u.wave) for u in train], codec.codebook_size, depth)
-
-    def decode(codes: Tensor) -> Tensor:
-        return griffin_lim(rearrange(centres.decode(codes), "n (f m) -> (n f) m", m=NUM_MEL))
-
+def _baseline(centres: FrameKMeans) -> System:
     return System(
-        name=f"k-means of {frames} log-mel frames",
-        encode=lambda wave: centres.encode(points(wave)),
-        decode=decode,
-        sizes=centres.sizes,
+        name=centres.name,
+        encode=centres.encode,
+        decode=lambda codes: griffin_lim(centres.decode(codes)),
+        sizes=centres.centres.sizes,
     )
 
 

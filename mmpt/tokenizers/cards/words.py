@@ -31,9 +31,9 @@ COUNTS = ("judged", "judged_seen", "judged_unseen")  # utterances
 RIVALS = ("baseline", "ceiling")
 
 
-def check_unseen(unseen: Sequence[str], train: Sequence[Utterance]) -> None:
-    """Refuse a claim of unseen voices that the shards to train on contradict."""
-    heard = sorted({utterance.voice for utterance in train} & set(unseen))
+def check_unseen(unseen: Sequence[str], seen: Sequence[str]) -> None:
+    """Refuse a claim of unseen voices that the voices of the shards to train on contradict."""
+    heard = sorted(set(seen) & set(unseen))
     if heard:
         raise UserError(
             f"unseen_voices names {', '.join(heard)}, but the shards to train on hold "
@@ -69,13 +69,12 @@ def judged(
 
 
 def by_voice(
-    voices: Sequence[str], unseen: Sequence[str], train: Sequence[Utterance]
+    voices: Sequence[str], unseen: Sequence[str], seen: Sequence[str]
 ) -> dict[str, list[int]]:
     """The rows of each of GROUPS: all, voices heard in training, and voices named as unseen.
 
     A voice that is neither belongs to no group of its own.
     """
-    seen = {utterance.voice for utterance in train} - {""}
     return {
         "wer": list(range(len(voices))),
         "wer_seen": [row for row, voice in enumerate(voices) if voice in seen],

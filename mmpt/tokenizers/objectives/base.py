@@ -15,6 +15,7 @@ from torch import Tensor
 from mmpt.config import UserError
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.discriminator import Adversary
+from mmpt.tokenizers.recipe import CodecRecipe
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ class Objective(ABC):
         for value in vars(self).values():
             if isinstance(value, torch.nn.Module):
                 value.to(device)
+
+
+def build_adversary(recipe: CodecRecipe, *, num_channels: int = 3) -> Adversary | None:
+    """The discriminator of a recipe that gives it a weight."""
+    if not recipe.loss.discriminator:
+        return None
+    return Adversary(recipe.loss, recipe.steps, num_channels=num_channels)
 
 
 def usable(arrays: Sequence[np.ndarray], shape: tuple[int, ...], need: str) -> list[np.ndarray]:

@@ -7,8 +7,13 @@ from torch import Tensor
 
 from mmpt.parts import Image, Part, Video
 from mmpt.tokenizers.image import ImageCodec, to_pixels
-from mmpt.tokenizers.objectives.base import Objective, augment, count_unusable
-from mmpt.tokenizers.objectives.pictures import PictureLoss, build_adversary
+from mmpt.tokenizers.objectives.base import (
+    Objective,
+    augment,
+    build_adversary,
+    count_unusable,
+)
+from mmpt.tokenizers.objectives.pictures import PictureLoss
 from mmpt.tokenizers.recipe import CodecRecipe
 
 

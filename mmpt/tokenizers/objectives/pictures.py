@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from mmpt.tokenizers.discriminator import Adversary
 from mmpt.tokenizers.losses import LossConfig, gradient_loss, ssim_loss
 from mmpt.tokenizers.perceptual import Lpips, RandomFeatures
-from mmpt.tokenizers.recipe import CodecRecipe
 
 
 class PictureLoss(nn.Module):
@@ -56,8 +55,3 @@ class PictureLoss(nn.Module):
         if self.adversary is not None and self.adversary.active(step):
             terms["adversary"] = self.adversary.term(made, real)
         return terms
-
-
-def build_adversary(recipe: CodecRecipe) -> Adversary | None:
-    """The discriminator of a recipe that gives it a weight."""
-    return Adversary(recipe.loss, recipe.steps) if recipe.loss.discriminator else None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mmpt.config import UserError
 from mmpt.parts import Audio, Part, Text
 from mmpt.tokenizers.losses import mel_loss
-from mmpt.tokenizers.objectives.base import Objective
+from mmpt.tokenizers.objectives.base import Objective, build_adversary
 from mmpt.tokenizers.objectives.voices import vary
 from mmpt.tokenizers.objectives.waves import crop, wave_loss
 from mmpt.tokenizers.recipe import CodecRecipe
@@ -32,6 +32,8 @@ class SpeechObjective(Objective):
         self.codec: SpeechCodec = SpeechCodec(recipe.speech)
         self.augment, self.spelling = recipe.augment, recipe.spelling
         self.commitment = COMMITMENT * recipe.loss.quantizer
+        self.adversary = build_adversary(recipe, num_channels=1)
+        self.adversary_weight = recipe.loss.discriminator
         self.seed = recipe.seed
         self.mels: list[Tensor] = []
         self.waves: list[np.ndarray] = []  # for a vocoder that learns
@@ -96,6 +98,12 @@ class SpeechObjective(Objective):
             "used": out.codes.unique().numel(),
             "infeasible": self.infeasible,
         }
+        if self.adversary is not None and self.adversary.active(step):
+            # frames are a picture of one channel; what is padded cannot tell them apart
+            shown = torch.where(mask[..., None] > 0, made.float(), mel)
+            term = self.adversary.term(shown[:, None], mel[:, None])
+            loss = loss + self.adversary_weight * term
+            metrics["adversary"] = float(term.detach())
         if "wave" in batch:
             sounding = wave_loss(codec.wave_head, batch["wave"])
             loss = loss + sounding

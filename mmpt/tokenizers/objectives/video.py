@@ -17,7 +17,13 @@ from mmpt.config import UserError
 from mmpt.parts import Image, Part, Video
 from mmpt.tokenizers.base import load_codec
 from mmpt.tokenizers.image import ImageCodec, to_pixels
-from mmpt.tokenizers.objectives.base import PICTURE, Objective, augment, usable
+from mmpt.tokenizers.objectives.base import (
+    PICTURE,
+    Objective,
+    augment,
+    build_adversary,
+    usable,
+)
 from mmpt.tokenizers.objectives.pictures import PictureLoss
 from mmpt.tokenizers.recipe import CodecRecipe
 from mmpt.tokenizers.video import GROUP, VideoCodec
@@ -37,7 +43,9 @@ class VideoObjective(Objective):
         if not isinstance(image, ImageCodec):
             raise UserError(f"base = {recipe.base!r} must name an image codec")
         self.codec: VideoCodec = VideoCodec(recipe.video, image)
-        self.rebuilding, self.quantizer_weight = PictureLoss(recipe.loss), recipe.loss.quantizer
+        self.adversary = build_adversary(recipe)
+        self.rebuilding = PictureLoss(recipe.loss, self.adversary)
+        self.quantizer_weight = recipe.loss.quantizer
         clips = [p.frames for parts in documents for p in parts if isinstance(p, Video)]
         need = f"clips of {1 + GROUP} or more frames of 64 x 64 pixels"
         clips = [clip if len(clip) > GROUP else clip[:0] for clip in clips]
