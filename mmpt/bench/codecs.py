@@ -156,7 +156,7 @@ def _plain_search(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def _overhead_rows(device: str) -> Iterator[Row]:
-    codec = _first_of(ImageCodec)
+    codec = shipped(ImageCodec)
     if codec is None:
         return
     codec = codec.to(device)
@@ -193,7 +193,7 @@ def _stack(
 
 def _throughput_rows(device: str) -> Iterator[Row]:
     for kind in (ImageCodec, VideoCodec, SpeechCodec):
-        codec = _first_of(kind)
+        codec = shipped(kind)
         if codec is None:
             continue
         codec = codec.to(device)
@@ -237,7 +237,7 @@ def _rate_row(
     )
 
 
-def _first_of(kind: type) -> Any:
+def shipped(kind: type) -> Any:
     """The first shipped codec of a kind; None when none is installed."""
     for name in codec_names():
         codec = load_codec(name)
