@@ -1,5 +1,7 @@
 """The inference API on a small untrained model with small codecs: what goes in comes out typed."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,22 @@ from mmpt.pipeline import Pipeline, generate, save_model
 from mmpt.processor import Processor
 from mmpt.results import PartDone, Preview, Result, TextDelta
 from mmpt.tokenizers.base import Codec
+from mmpt.tokenizers.image import ImageCodec
+from mmpt.tokenizers.quantize import QuantizerConfig
+from mmpt.tokenizers.speech import SpeechCodec
 
 
 @pytest.fixture(scope="module")
 def pipeline(
     image_codec: Codec, video_codec: Codec, speech_codec: Codec, text_codec: Codec, tmp_path_factory
 ) -> Pipeline:
-    folder = tmp_path_factory.mktemp("codecs")
+    codecs = [text_codec, image_codec, video_codec, speech_codec]
+    return build_pipeline(tmp_path_factory.mktemp("codecs"), codecs)
+
+
+def build_pipeline(folder: Path, codecs: Sequence[Codec]) -> Pipeline:
     names = []
-    for codec in (text_codec, image_codec, video_codec, speech_codec):
+    for codec in codecs:
         codec.save(folder / codec.kind)
         names.append(str(folder / codec.kind))
     processor = Processor.load(names, max_side=16)
@@ -59,6 +68,26 @@ def test_every_medium_comes_out_typed_and_saves(
     [video] = pipeline("a", to="video", decoder=decoder, **SMALL)
     assert isinstance(video, Video)
     assert video.frames.shape == (5, 16, 16, 3)
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dida"])
+def test_pictures_and_sound_of_several_codebooks_come_out_in_their_size(
+    image_codec: ImageCodec,
+    speech_codec: SpeechCodec,
+    text_codec: Codec,
+    decoder: str,
+    tmp_path: Path,
+) -> None:
+    residual = QuantizerConfig(kind="ema", codebook_size=8, width=4, num_codebooks=2)
+    image = ImageCodec(replace(image_codec.config, quantizer=residual)).eval()
+    speech = SpeechCodec(replace(speech_codec.config, quantizer=residual)).eval()
+    pipeline = build_pipeline(tmp_path, [text_codec, image, speech])
+    [picture] = pipeline("a red apple", to="image", decoder=decoder, **SMALL)  # type: ignore[arg-type] # names of decoders
+    assert isinstance(picture, Image)
+    assert picture.pixels.shape == (16, 16, 3)
+    [sound] = pipeline(picture, to="speech", decoder=decoder, **SMALL)  # type: ignore[arg-type] # names of decoders
+    assert isinstance(sound, Audio)
+    assert len(sound.wave) % speech.samples_per_code == 0
 
 
 def test_results_can_be_handed_back_in(pipeline: Pipeline) -> None:
