@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -32,6 +34,20 @@ class StopRequest:
         self.asked = True
         # torchrun sends SIGTERM after the terminal's SIGINT: only the same one again is a second
         signal.signal(number, self._before[number])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread: results do not depend on how many there are.
+
+    Small work is faster so, for threads wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(name: str) -> torch.device:

@@ -124,14 +124,19 @@ class Job:
 
     def save(self) -> None:
         """Keep what the stages have cost."""
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-        self.state["peak_gib"] = max(self.state.get("peak_gib", 0.0), round(peak, 2))
+        self._note_peak(_peak_gib(resource.RUSAGE_SELF))
         write_atomic(self.state_file, json.dumps(self.state, indent=1))
+
+    def _note_peak(self, peak: float) -> None:
+        self.state["peak_gib"] = max(self.state.get("peak_gib", 0.0), round(peak, 2))
 
     def encode(self, shards: list[Path]) -> None:
         """Raw shards -> token shards and the vocabulary."""
         done = encode(shards, out=self.tokens, tokenizers=DEFAULT_TOKENIZERS, augment=True)
+        # each worker took no more than the largest
+        self._note_peak(
+            _peak_gib(resource.RUSAGE_SELF) + done["workers"] * _peak_gib(resource.RUSAGE_CHILDREN)
+        )
         codes = ", ".join(f"{count:,} {name}" for name, count in done["codes"].items())
         self.current["detail"] = (
             f"{done['documents']:,} documents, {done['bad']} bad; {codes} codes"
@@ -251,6 +256,11 @@ class Job:
             self.save()
         warmup = min(recipe.optim.warmup, steps[name] // 5)
         return replace(recipe, steps=steps[name], optim=replace(recipe.optim, warmup=warmup))
+
+
+def _peak_gib(who: int) -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    return resource.getrusage(who).ru_maxrss * unit / 2**30
 
 
 def _read_state(path: Path) -> dict[str, Any]:

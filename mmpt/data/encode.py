@@ -1,15 +1,17 @@
-"""Encoding: raw shards -> token shards, one to one, resumable by shard.
+"""Encoding: raw shards -> token shards, one to one, resumable by shard, by one or more processes.
 
-A token shard is renamed into place when it is whole, so that a finished one needs no other marker.
-It is kept when it was made from the same bytes by the same codecs. Samples that cannot be used are
-counted and listed beside it, in `NAME.quarantine.jsonl`.
+Codes do not depend on who makes them: every worker computes on one thread. A token shard is renamed
+into place when it is whole, so that a finished one needs no other marker. It is kept when it was
+made from the same bytes by the same codecs. Samples that cannot be used are counted and listed
+beside it, in `NAME.quarantine.jsonl`.
 """
 
 import hashlib
+import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +20,10 @@ import numpy as np
 
 from mmpt.config import UserError
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
-from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard
+from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard, temporary_path
+from mmpt.data.workers import Died, Progress, run_tasks
 from mmpt.parts import Audio, Image, Part, Video
+from mmpt.process import one_thread
 from mmpt.stream import Segment
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
@@ -49,6 +53,7 @@ class EncodeReport:
     kept: int = 0  # token shards that were there already
     documents: int = 0
     bad: int = 0
+    workers: int = 0  # processes beside this one
     codes: Counter[str] = field(default_factory=Counter)  # by medium
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +63,7 @@ class EncodeReport:
             "kept": self.kept,
             "documents": self.documents,
             "bad": self.bad,
+            "workers": self.workers,
             "codes": dict(self.codes),
         }
 
@@ -68,39 +74,34 @@ def encode_shards(
     processor: PartEncoder,
     *,
     augment: bool = False,
+    workers: int = 1,
     progress: bool = True,
 ) -> EncodeReport:
     """Encode raw shards into the folder `out`; run again after an interruption, it goes on.
 
     augment: training documents are there a second time as `second_view` makes them. Held-out
-    documents are encoded as they are.
+    documents are encoded as they are. workers: processes that encode, each its own shards; 1: this
+    one. Processes import the main module anew, so a script guards its own with `__name__`.
     """
-    from tqdm import tqdm
-
     report = EncodeReport()
-    pairs = _pair(shards, Path(out))
-    total = sum(_count_samples(raw) for raw, _ in pairs)
-    with tqdm(total=total, unit="doc", desc="encode", disable=not progress) as bar:
-        for raw, path in pairs:
-            bar.set_postfix_str(raw.name)
-            side = processor.max_side
-            source = {
-                "name": raw.name,
-                "sha256": _sha256(raw),
-                "max_side": side,
-                "augment": augment,
-            }
-            shard = _finished(path, source, processor.vocabulary)
-            report.kept += shard is not None
-            if shard is None:
-                _encode_shard(raw, path, processor, source, bar)
-                shard = TokenShard(path)
-            else:
-                bar.update(len(shard))
-            report.shards.append(path)
-            report.documents += len(shard) - shard.notes["augmented"]
-            report.bad += shard.notes["bad"]
-            report.codes.update(shard.counts)
+    tasks = [
+        _Task(raw, path, _source(raw, processor, augment)) for raw, path in _pair(shards, Path(out))
+    ]
+    todo = [task for task in tasks if not _finished(task, processor.vocabulary)]
+    report.kept = len(tasks) - len(todo)
+    with _bar(todo, progress=progress) as bar:
+        if min(workers, len(todo)) > 1:
+            report.workers = min(workers, len(todo))
+            _encode_apart(todo, processor, report.workers, bar)
+        else:
+            for task in todo:
+                _encode_shard(processor, task, bar.update)
+    for task in tasks:
+        shard = TokenShard(task.path)
+        report.shards.append(task.path)
+        report.documents += len(shard) - shard.notes["augmented"]
+        report.bad += shard.notes["bad"]
+        report.codes.update(shard.counts)
     return report
 
 
@@ -111,18 +112,21 @@ def encode(
     tokenizers: Sequence[str] = (),
     max_side: int = 64,
     augment: bool = False,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
-    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels.
+    be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. --workers:
+    processes, each with shards of its own; 0: as many as there are cores.
     --augment: training documents that are no pages are encoded a second time: pictures and clips
     mirrored, unless the document says "mirror": false, and sound played a tenth faster or slower.
     """
     from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 
     processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
-    report = encode_shards(shards, out, processor, augment=augment)
+    workers = workers or os.cpu_count() or 1
+    report = encode_shards(shards, out, processor, augment=augment, workers=workers)
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
     vocabulary = processor.vocabulary
     current = [path for path in paths if _is_current(path, vocabulary)]
@@ -188,13 +192,45 @@ def with_used_codes(vocabulary: Vocabulary, counts: Mapping[Modality, np.ndarray
     return replace(vocabulary, ranges=tuple(ranges))
 
 
-def _encode_shard(
-    raw: Path,
-    path: Path,
-    processor: PartEncoder,
-    source: dict[str, Any],
-    bar: Any,
-) -> None:
+@dataclass(frozen=True)
+class _Task:
+    """A raw shard, the token shard that it becomes, and what that notes of its origin."""
+
+    raw: Path
+    path: Path
+    source: dict[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.raw)
+
+
+def _source(raw: Path, processor: PartEncoder, augment: bool) -> dict[str, Any]:
+    return {
+        "name": raw.name,
+        "sha256": _sha256(raw),
+        "max_side": processor.max_side,
+        "augment": augment,
+    }
+
+
+def _encode_apart(tasks: Sequence[_Task], processor: PartEncoder, workers: int, bar: Any) -> None:
+    """By several processes; a dead one is replaced, and what it left behind is removed."""
+    # so that none is left alone at the end
+    tasks = sorted(tasks, key=lambda task: task.raw.stat().st_size, reverse=True)
+    for event in run_tasks(_encode_shard, processor, tasks, workers=workers):
+        if isinstance(event, Progress):
+            bar.update(event.count)
+        elif isinstance(event, Died):
+            temporary_path(tasks[event.number].path, event.pid).unlink(missing_ok=True)
+
+
+def _encode_shard(processor: PartEncoder, task: _Task, report: Callable[[int], Any]) -> None:
+    with one_thread():
+        _write_shard(processor, task, report)
+
+
+def _write_shard(processor: PartEncoder, task: _Task, report: Callable[[int], Any]) -> None:
+    raw, path, source = task.raw, task.path, task.source
     listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
     quarantine, augmented = Quarantine(listing), 0
     with ShardWriter(path, processor.vocabulary, separator=processor.separator) as writer:
@@ -208,7 +244,7 @@ def _encode_shard(
                     augmented += 1
             except UserError as error:
                 quarantine.add(shard=document.shard, offset=-1, key=document.key, why=str(error))
-            bar.update()
+            report(1)
         writer.finish({"source": source, "bad": quarantine.count, "augmented": augmented})
 
 
@@ -230,12 +266,11 @@ def _pair(shards: Sequence[str | Path], out: Path) -> list[tuple[Path, Path]]:
     return [(raw, path) for path, raw in pairs.items()]
 
 
-def _finished(path: Path, source: dict[str, Any], vocabulary: Vocabulary) -> TokenShard | None:
-    """The token shard at `path`, when it is whole and made from `source` by these codecs."""
-    if not path.is_file() or not _is_current(path, vocabulary):
-        return None  # damaged or stale: encoding again is what the message asks for
-    shard = TokenShard(path)
-    return shard if shard.notes.get("source") == source else None
+def _finished(task: _Task, vocabulary: Vocabulary) -> bool:
+    """Whether the token shard is there, whole, and made from this source by these codecs."""
+    if not task.path.is_file() or not _is_current(task.path, vocabulary):
+        return False  # damaged or stale: encoding again is what the message asks for
+    return TokenShard(task.path).notes.get("source") == task.source
 
 
 def _is_current(path: Path, vocabulary: Vocabulary) -> bool:
@@ -244,6 +279,13 @@ def _is_current(path: Path, vocabulary: Vocabulary) -> bool:
     except UserError:
         return False
     return True
+
+
+def _bar(tasks: Sequence[_Task], *, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    total = sum(_count_samples(task.raw) for task in tasks)
+    return tqdm(total=total, unit="doc", desc="encode", disable=not progress)
 
 
 def _count_samples(raw: Path) -> int:

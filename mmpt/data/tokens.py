@@ -64,7 +64,7 @@ class ShardWriter:
         documents_per_block: int = 512,
     ) -> None:
         self.path = Path(path)
-        self._temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_path(self.path, os.getpid())
         self._vocabulary = vocabulary
         self._separator = [int(code) for code in separator]
         self._per_block = documents_per_block
@@ -128,6 +128,11 @@ class ShardWriter:
         except OSError as error:
             raise _cannot_write(self.path, error) from None
         self._num_blocks += 1
+
+
+def temporary_path(path: Path, pid: int) -> Path:
+    """Where process `pid` writes the shard that it will rename to `path`."""
+    return path.with_name(f"{path.name}.{pid}.tmp")
 
 
 class TokenShard:

@@ -8,8 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from mmpt.config import UserError, write_atomic
 from mmpt.data.shards import Document
 from mmpt.parts import Audio, Image, Part, Text, Video, load_part
+from mmpt.process import one_thread
 from mmpt.tokenizers.base import Codec, codec_folder, codec_names, load_codec
 from mmpt.tokenizers.cards import speech, text, visual, words
 from mmpt.tokenizers.cards.baseline import FrameKMeans
@@ -86,7 +86,7 @@ def evaluate(
         beside = [pattern for pattern in beside if find_shards(pattern)]
         heldout = find_documents(list(dict.fromkeys([*beside, *recipe.heldout])), heldout=True)
     began = time.monotonic()
-    with _one_thread():
+    with one_thread():  # media are measured one by one
         if codec.modality == Modality.SPEECH:
             require("torchaudio", "pystoi", "jiwer")
             baseline = _sound_baseline(codec, folder, recipe, train)
@@ -134,17 +134,6 @@ def _recipe(folder: Path, codec: Codec, shards: Sequence[str], train: Sequence[s
         f"{folder} has no recipe.toml that names its data; give shards to measure, and others to "
         "fit the baseline on: SHARDS --train OTHERS"
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # media are measured one by one: threads for so little work only wait for each other
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seen(recipe: CodecRecipe, train: Sequence[str]) -> list[Document]:

@@ -1,5 +1,8 @@
+import os
+import signal
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +37,20 @@ class ByteProcessor:
                 raise UserError("bad text: it rings a bell")
             return Segment(Modality.TEXT, np.frombuffer(part.text.encode(), dtype=np.uint8))
         return Segment(Modality.IMAGE, part.pixels[..., 0] // 64)
+
+
+@dataclass
+class FragileProcessor(ByteProcessor):
+    """The first process that gets to its second document dies."""
+
+    folder: str = ""
+
+    def encode_parts(self, parts):
+        mark = Path(self.folder) / "died"
+        if self.calls == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_parts(parts)
 
 
 @pytest.fixture
@@ -180,6 +197,31 @@ def test_the_command_leaves_what_opens_its_processor_again(zoo, tmp_path):
     encode_command([raw], out=tmp_path / "out", tokenizers=names, max_side=16)
     processor = Processor.from_folder(tmp_path / "out")
     assert processor.settings == ProcessorSettings(tuple(names), 16)
+
+
+def test_several_processes_write_what_one_writes(zoo, tmp_path):
+    processor = Processor.load([str(zoo / name) for name in ("text", "image")], max_side=16)
+    raws = [write_raw(tmp_path / f"raw-{number}.tar", number, "a red {}") for number in (9, 2, 5)]
+    options = {"augment": True, "progress": False}
+    alone = encode_shards(raws, tmp_path / "alone", processor, **options)
+    shared = encode_shards(raws, tmp_path / "shared", processor, workers=2, **options)
+    assert [path.name for path in shared.shards] == [path.name for path in alone.shards]
+    assert (shared.documents, shared.codes) == (alone.documents, alone.codes) != (0, {})
+    for ours, theirs in zip(shared.shards, alone.shards, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert encode_shards(raws, tmp_path / "shared", processor, workers=2, **options).kept == 3
+
+
+def test_a_process_killed_while_it_writes_is_replaced_and_leaves_nothing(vocabulary, tmp_path):
+    raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 4)]
+    processor = FragileProcessor(vocabulary, folder=str(tmp_path))
+    report = encode_shards(raws, tmp_path / "out", processor, workers=2, progress=False)
+    assert (tmp_path / "died").exists()
+    assert report.documents == 7
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "raw-3.tokens.tar",
+        "raw-4.tokens.tar",
+    }
 
 
 def test_second_views_are_added_to_training_documents_that_allow_it(tmp_path, processor):
