@@ -36,6 +36,11 @@ VERBS = {
         "emoji --out build/emoji",
     ),
     "data inspect": ("mmpt.data.inspect:inspect", "count what shards hold", "data/sampler/*.tar"),
+    "data index": (
+        "mmpt.data.index:index_shards",
+        "write down what raw shards hold, so that later damage is counted",
+        "data/sampler/*.tar",
+    ),
     "data verify": (
         "mmpt.data.inspect:verify",
         "find every damaged sample of shards",

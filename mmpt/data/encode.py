@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.data.index import load_index
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard, temporary_path
 from mmpt.data.workers import Died, Progress, run_tasks
@@ -53,6 +54,8 @@ class EncodeReport:
     kept: int = 0  # token shards that were there already
     documents: int = 0
     bad: int = 0
+    promised: int = 0  # samples that the indexes of raw shards list
+    indexed: int = 0  # raw shards that have an index
     workers: int = 0  # processes beside this one
     codes: Counter[str] = field(default_factory=Counter)  # by medium
 
@@ -63,6 +66,8 @@ class EncodeReport:
             "kept": self.kept,
             "documents": self.documents,
             "bad": self.bad,
+            "promised": self.promised,
+            "indexed": self.indexed,
             "workers": self.workers,
             "codes": dict(self.codes),
         }
@@ -75,17 +80,20 @@ def encode_shards(
     *,
     augment: bool = False,
     workers: int = 1,
+    tolerance: float = 1.0,
     progress: bool = True,
 ) -> EncodeReport:
     """Encode raw shards into the folder `out`; run again after an interruption, it goes on.
 
     augment: training documents are there a second time as `second_view` makes them. Held-out
-    documents are encoded as they are. workers: processes that encode, each its own shards; 1: this
+    documents are encoded as they are. tolerance: the share of a shard's samples that may be bad;
+    beyond it, UserError. workers: processes that encode, each its own shards; 1: this
     one. Processes import the main module anew, so a script guards its own with `__name__`.
     """
     report = EncodeReport()
     tasks = [
-        _Task(raw, path, _source(raw, processor, augment)) for raw, path in _pair(shards, Path(out))
+        _Task(raw, path, _source(raw, processor, augment), tolerance)
+        for raw, path in _pair(shards, Path(out))
     ]
     todo = [task for task in tasks if not _finished(task, processor.vocabulary)]
     report.kept = len(tasks) - len(todo)
@@ -101,6 +109,9 @@ def encode_shards(
         report.shards.append(task.path)
         report.documents += len(shard) - shard.notes["augmented"]
         report.bad += shard.notes["bad"]
+        promised = shard.notes.get("promised")
+        report.promised += promised or 0
+        report.indexed += promised is not None
         report.codes.update(shard.counts)
     return report
 
@@ -113,12 +124,15 @@ def encode(
     max_side: int = 64,
     augment: bool = False,
     workers: int = 0,
+    strict: bool = False,
+    tolerance: float = 100.0,
 ) -> dict[str, Any]:
     """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
     be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. --workers:
-    processes, each with shards of its own; 0: as many as there are cores.
+    processes, each with shards of its own; 0: as many as there are cores. --strict: stop at the
+    first bad sample. --tolerance: stop when more than so many percent of a shard are bad.
     --augment: training documents that are no pages are encoded a second time: pictures and clips
     mirrored, unless the document says "mirror": false, and sound played a tenth faster or slower.
     """
@@ -126,7 +140,16 @@ def encode(
 
     processor = Processor.load(tokenizers or DEFAULT_TOKENIZERS, max_side=max_side)
     workers = workers or os.cpu_count() or 1
-    report = encode_shards(shards, out, processor, augment=augment, workers=workers)
+    if not 0 <= tolerance <= 100:
+        raise UserError(f"tolerance = {tolerance}; it is in percent, from 0 to 100")
+    report = encode_shards(
+        shards,
+        out,
+        processor,
+        augment=augment,
+        workers=workers,
+        tolerance=0.0 if strict else tolerance / 100,
+    )
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
     vocabulary = processor.vocabulary
     current = [path for path in paths if _is_current(path, vocabulary)]
@@ -199,6 +222,7 @@ class _Task:
     raw: Path
     path: Path
     source: dict[str, Any]
+    tolerance: float
 
     def __str__(self) -> str:
         return str(self.raw)
@@ -232,20 +256,30 @@ def _encode_shard(processor: PartEncoder, task: _Task, report: Callable[[int], A
 def _write_shard(processor: PartEncoder, task: _Task, report: Callable[[int], Any]) -> None:
     raw, path, source = task.raw, task.path, task.source
     listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
-    quarantine, augmented = Quarantine(listing), 0
+    index = load_index(raw)
+    promised = None if index is None else index.promised
+    total = _count_samples(raw) if promised is None else promised
+    allowed = None if task.tolerance >= 1 else int(task.tolerance * total)
+    quarantine, augmented, used = Quarantine(listing, allowed), 0, 0
     with ShardWriter(path, processor.vocabulary, separator=processor.separator) as writer:
         listing.unlink(missing_ok=True)  # of an interrupted try
         for document in read_documents([raw], quarantine):
             try:
-                writer.add(_encode_document(document, processor))
                 other = second_view(document) if source["augment"] else None
-                if other:
-                    writer.add(_encode_document(other, processor))
-                    augmented += 1
+                views = [_encode_document(each, processor) for each in (document, other) if each]
+                for view in views:
+                    writer.check(view)
             except UserError as error:
                 quarantine.add(shard=document.shard, offset=-1, key=document.key, why=str(error))
+            else:
+                for view in views:
+                    writer.add(view)
+                augmented, used = augmented + len(views) - 1, used + 1
             report(1)
-        writer.finish({"source": source, "bad": quarantine.count, "augmented": augmented})
+        if promised not in (None, used + quarantine.count):
+            raise RuntimeError(f"{raw}: {used} used, {quarantine.count} bad, {promised} promised")
+        notes = {"bad": quarantine.count, "augmented": augmented, "promised": promised}
+        writer.finish({"source": source, **notes})
 
 
 def _encode_document(document: Document, processor: PartEncoder) -> EncodedDocument:

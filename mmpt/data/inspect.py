@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data import sources, tars
-from mmpt.data.shards import Damage, Document, Quarantine, is_heldout, load_document, read_samples
+from mmpt.data.index import samples_of
+from mmpt.data.shards import Damage, Document, Quarantine, is_heldout, load_document
 from mmpt.parts import Audio, Image, Text, Video
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def verify(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, A
 
 def _documents(path: Path, bad: Quarantine, row: dict[str, Any]) -> Iterator[Document]:
     """`read_documents` of one shard, with counts of samples and documents in `row`."""
-    for item in read_samples(path):
+    for item in samples_of(path):
         where = {"shard": item.shard, "offset": item.offset, "key": item.key}
         if isinstance(item, Damage):
             bad.add(**where, why=item.why)

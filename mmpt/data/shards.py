@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mmpt.config import UserError
+from mmpt.data.index import samples_of
 from mmpt.data.tars import Damage, Sample, read_samples
 from mmpt.media import MAX_FPS, video_bytes
 from mmpt.parts import Audio, Image, Part, Text, Video
@@ -85,9 +86,13 @@ class Record:
 
 @dataclass
 class Quarantine:
-    """Counts what could not be used, and appends one JSON line for each to `path` (if given)."""
+    """Counts what could not be used, and appends one JSON line for each to `path` (if given).
+
+    allowed: how many there may be; one more raises UserError. None: any number.
+    """
 
     path: Path | None = None
+    allowed: int | None = None
     count: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     lines: list[dict[str, Any]] = field(default_factory=list)  # the first MAX_LINES, for reports
@@ -103,6 +108,12 @@ class Quarantine:
             self.lines.append(line)
         if self.path is not None:
             self._append(json.dumps(line) + "\n")
+        if self.allowed is not None and self.count > self.allowed:
+            listed = f"; see {self.path}" if self.path else ""
+            raise UserError(
+                f"{shard}: {self.count} bad samples, {self.allowed} are tolerated (the last: {key} "
+                f"at byte {offset}: {why}){listed}"
+            )
 
     def _append(self, text: str) -> None:
         path = cast(Path, self.path)
@@ -121,7 +132,7 @@ class Quarantine:
 def read_documents(paths: Iterable[str | Path], quarantine: Quarantine) -> Iterator[Document]:
     """Every usable document of the shards in order; the rest goes to `quarantine`."""
     for path in paths:
-        for item in read_samples(path):
+        for item in samples_of(path):
             where = {"shard": item.shard, "offset": item.offset, "key": item.key}
             if isinstance(item, Damage):
                 quarantine.add(**where, why=item.why)

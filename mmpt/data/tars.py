@@ -21,18 +21,23 @@ MAX_NAME_BYTES = 1 << 20  # of an extended header, which only carries names
 SCAN_BYTES = 1 << 20
 GZIP = b"\x1f\x8b"
 NAME_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+EXTENDING_TYPES = (*NAME_TYPES, tarfile.GNUTYPE_LONGLINK)  # they belong to the next header
 SILENT_TYPES = (tarfile.XGLTYPE, tarfile.DIRTYPE)  # they hold no data of a sample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Consecutive members of one key; `beside_damage`: some members of it may have been lost."""
+    """Consecutive members of one key; `beside_damage`: some members of it may have been lost.
+
+    All its members, with their headers, lie in the bytes `offset` to `end`.
+    """
 
     key: str
     members: dict[str, bytes]
     shard: str
     offset: int
     beside_damage: bool = False
+    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,35 @@ class Damage:
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file inside a tar; its `size` bytes lie at `start`, its header at `offset`."""
+    """One regular file inside a tar; its `size` bytes lie at `start`, its headers from `offset`."""
 
     name: str
     offset: int
     start: int
     size: int
 
+    @property
+    def end(self) -> int:
+        """Where the next header may stand."""
+        return self.start + padded(self.size)
+
+
+def padded(size: int) -> int:
+    """Bytes that `size` bytes take in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
 
 def read_samples(path: str | Path) -> Iterator[Sample | Damage]:
     """Stream the samples of an uncompressed tar, and its damages where they lie."""
-    shard = str(path)
     with open_shard(path) as file:
-        if file.read(2) == GZIP:
-            yield Damage(shard, 0, "compressed: gunzip it first, shards are read in place")
-            return
+        yield from read_samples_of(file, str(path))
+
+
+def read_samples_of(file: BinaryIO, shard: str) -> Iterator[Sample | Damage]:
+    """`read_samples` of an open file, named `shard` in what is reported."""
+    if file.read(2) == GZIP:
+        yield Damage(shard, 0, "compressed: gunzip it first, shards are read in place")
+    else:
         group = _Group(shard)
         for item in read_members(file, shard):
             if isinstance(item, Damage):
@@ -82,7 +101,7 @@ def read_samples(path: str | Path) -> Iterator[Sample | Damage]:
                 yield problem
                 continue
             file.seek(item.start)
-            group.members[name] = file.read(item.size)
+            group.members[name], group.end = file.read(item.size), item.end
         yield from group.finish()
 
 
@@ -93,6 +112,7 @@ class _Group:
         self.shard = shard
         self.key: str | None = None
         self.members: dict[str, bytes] = {}
+        self.end = 0
         self._offset = self._num_bytes = 0
         self._damaged = False  # members of this sample may be lost
         self._after_gap = False  # unknown members were lost since the last good one
@@ -131,13 +151,13 @@ class _Group:
     def finish(self) -> Iterator[Sample]:
         """The sample, if it has any member."""
         if self.key is not None and self.members:
-            yield Sample(self.key, self.members, self.shard, self._offset, self._damaged)
+            yield Sample(self.key, self.members, self.shard, self._offset, self._damaged, self.end)
 
 
 def read_members(file: BinaryIO, shard: str) -> Iterator[Member | Damage]:
     """Walk over the headers of a tar; the caller may seek `file` between two items."""
-    num_bytes = os.fstat(file.fileno()).st_size
-    offset, long_name, ended = 0, None, False
+    num_bytes = file.seek(0, os.SEEK_END)
+    offset, long_name, begin, ended = 0, None, 0, False
     while offset < num_bytes:
         block = _read_at(file, offset, BLOCK)
         if block == ZEROS[: len(block)]:
@@ -145,15 +165,16 @@ def read_members(file: BinaryIO, shard: str) -> Iterator[Member | Damage]:
             ended = following - offset >= 2 * BLOCK
             if following < num_bytes and not ended:
                 yield Damage(shard, offset, "destroyed header: zeros in the middle of the tar")
-            offset = following
+            offset = begin = following
             continue
         ended = False
-        header = _parse_header(block)
+        header = parse_header(block)
         if header is None:
             following = _find_header(file, offset + BLOCK, num_bytes)
             why = f"destroyed header: {following - offset} bytes up to the next one are lost"
             yield Damage(shard, offset, why)
             offset, long_name = following, None
+            begin = offset
             continue
         start = offset + BLOCK
         if start + header.size > num_bytes:
@@ -161,27 +182,32 @@ def read_members(file: BinaryIO, shard: str) -> Iterator[Member | Damage]:
             why = f"truncated: {header.name!r} has {have} of its {header.size} bytes"
             yield Damage(shard, offset, why)
             offset, long_name = _find_header(file, start, num_bytes), None
+            begin = offset
             ended = offset >= num_bytes  # the cut is reported already
             continue
         if header.type in NAME_TYPES:
-            long_name = _long_name(header, _read_at(file, start, min(header.size, MAX_NAME_BYTES)))
+            long_name = extended_name(
+                header, _read_at(file, start, min(header.size, MAX_NAME_BYTES))
+            )
         elif header.type not in SILENT_TYPES:
             header.name, long_name = long_name or header.name, None
-            yield _judge(header, offset, shard)
-        offset = start + -(-header.size // BLOCK) * BLOCK
+            yield _judge(header, begin, start, shard)
+        offset = start + padded(header.size)
+        if header.type not in EXTENDING_TYPES:
+            begin = offset
     if not ended:
         yield Damage(shard, num_bytes, "truncated: the tar has no end mark")
 
 
-def _judge(header: tarfile.TarInfo, offset: int, shard: str) -> Member | Damage:
-    """A member that may be read, or why it may not."""
+def _judge(header: tarfile.TarInfo, offset: int, start: int, shard: str) -> Member | Damage:
+    """A member that may be read, or why it may not. offset: of its first header."""
     name = header.name
     if name.startswith("/") or ".." in name.split("/"):
         return Damage(shard, offset, f"unsafe name: {name!r} leaves the shard", name=name)
     if not header.isreg() or header.type == tarfile.GNUTYPE_SPARSE:
         why = f"no plain file: {name!r} is a link or a special file"
         return Damage(shard, offset, why, name=name)
-    return Member(name, offset, offset + BLOCK, header.size)
+    return Member(name, offset, start, header.size)
 
 
 def open_shard(path: str | Path) -> BinaryIO:
@@ -204,7 +230,7 @@ def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _parse_header(block: bytes) -> tarfile.TarInfo | None:
+def parse_header(block: bytes) -> tarfile.TarInfo | None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
@@ -219,7 +245,7 @@ def _find_header(file: BinaryIO, offset: int, num_bytes: int) -> int:
         for inside in range(0, len(window), BLOCK):
             block = window[inside : inside + BLOCK]
             # checking the magic first spares most checksums
-            if block[257:262] == b"ustar" and _parse_header(block) is not None:
+            if block[257:262] == b"ustar" and parse_header(block) is not None:
                 return offset + inside
         offset += len(window)
     return num_bytes
@@ -236,7 +262,7 @@ def _skip_zeros(file: BinaryIO, offset: int, num_bytes: int) -> int:
     return num_bytes
 
 
-def _long_name(header: tarfile.TarInfo, data: bytes) -> str | None:
+def extended_name(header: tarfile.TarInfo, data: bytes) -> str | None:
     """The name in a GNU or pax header that stands before a member whose name is long."""
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return data.rstrip(b"\0").decode("utf-8", "surrogateescape")

@@ -85,11 +85,15 @@ class ShardWriter:
 
     def add(self, document: EncodedDocument) -> None:
         """Append a document; raises UserError, and adds nothing, when its codes do not fit."""
-        for segment in document.segments:
-            _check_segment(segment, self._vocabulary)
+        self.check(document)
         if len(self._documents) == self._per_block:
             self._write_block({})
         self._documents.append(document)
+
+    def check(self, document: EncodedDocument) -> None:
+        """Raises UserError when the codes of a document do not fit the vocabulary."""
+        for segment in document.segments:
+            _check_segment(segment, self._vocabulary)
 
     def finish(self, notes: Mapping[str, Any] | None = None) -> None:
         """Write what is left and put the shard in place; `notes` (JSON) are kept in it."""

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -52,7 +52,7 @@ class Died:
 
 def run_tasks(
     work: Work[S, T, R], state: S, tasks: Sequence[T], *, workers: int
-) -> Iterator[Done[R] | Progress | Died]:
+) -> Generator[Done[R] | Progress | Died]:
     """Do all tasks, the first first, and say what happens, as it happens.
 
     A mistake of the user in a task is raised here, others as RuntimeError with their traceback.

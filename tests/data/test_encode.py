@@ -10,6 +10,7 @@ import pytest
 from mmpt.config import UserError
 from mmpt.data.encode import count_codes, encode_shards, second_view, with_used_codes
 from mmpt.data.encode import encode as encode_command
+from mmpt.data.index import build_index, save_index
 from mmpt.data.shards import Document, is_heldout, write_shard
 from mmpt.data.tokens import EncodedDocument, TokenShard
 from mmpt.parts import Audio, Image, Text
@@ -197,6 +198,34 @@ def test_the_command_leaves_what_opens_its_processor_again(zoo, tmp_path):
     encode_command([raw], out=tmp_path / "out", tokenizers=names, max_side=16)
     processor = Processor.from_folder(tmp_path / "out")
     assert processor.settings == ProcessorSettings(tuple(names), 16)
+
+
+def test_what_an_index_promises_is_used_or_counted_as_bad(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 9, "{}")
+    save_index(build_index(raw))
+    data = raw.read_bytes()
+    raw.write_bytes(data[: len(data) // 2])
+    report = encode([raw], tmp_path / "out", processor)
+    assert (report.promised, report.indexed) == (9, 1)
+    assert report.documents + report.bad == 9
+    assert 0 < report.documents < 9
+
+
+def test_more_bad_samples_than_tolerated_stop_the_job(tmp_path, processor):
+    documents = [
+        Document(f"d-{n}", "b", "any", [Text("\x07" if n < 2 else "a")]) for n in range(20)
+    ]
+    write_shard(tmp_path / "raw.tar", documents)
+    for tolerance, most in ((0.0, 0), (0.09, 1)):
+        with pytest.raises(UserError, match=f"{most + 1} bad samples, {most} are tolerated"):
+            encode_shards(
+                [tmp_path / "raw.tar"], tmp_path, processor, tolerance=tolerance, progress=False
+            )
+        assert not (tmp_path / "raw.tokens.tar").exists()
+    report = encode_shards(
+        [tmp_path / "raw.tar"], tmp_path, processor, tolerance=0.1, progress=False
+    )
+    assert (report.documents, report.bad) == (18, 2)
 
 
 def test_several_processes_write_what_one_writes(zoo, tmp_path):

@@ -75,7 +75,8 @@ def test_errors_of_a_task_come_out_here() -> None:
 
 def test_no_worker_outlives_the_caller_and_each_cleans_up(tmp_path: Path) -> None:
     events = run_tasks(linger, str(tmp_path), [0, 1], workers=2)
-    next(events), next(events)  # both have begun
+    for _ in range(2):  # both have begun
+        next(events)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert len(pids) == 2
     events.close()
