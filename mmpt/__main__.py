@@ -42,7 +42,7 @@ VERBS = {
         "data/sampler/*.tar",
     ),
     "data verify": (
-        "mmpt.data.inspect:verify",
+        "mmpt.data.verify:verify",
         "find every damaged sample of shards",
         "data/sampler/*.tar",
     ),

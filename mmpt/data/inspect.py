@@ -1,4 +1,4 @@
-"""The verbs of `mmpt data`: list, prepare, inspect, verify. Each returns what `--json` prints."""
+"""The verbs of `mmpt data` that look: list, prepare, inspect. Each returns what `--json` prints."""
 
 import logging
 import time
@@ -12,12 +12,10 @@ from tqdm import tqdm
 from mmpt.config import UserError
 from mmpt.data import sources, tars
 from mmpt.data.index import samples_of
-from mmpt.data.shards import Damage, Document, Quarantine, is_heldout, load_document
+from mmpt.data.shards import Damage, Document, Quarantine, load_document
 from mmpt.parts import Audio, Image, Text, Video
 
 logger = logging.getLogger(__name__)
-
-SPLITS = {"-train-": False, "-heldout-": True, "-unseen-": True}
 
 
 def list_datasets() -> dict[str, Any]:
@@ -60,7 +58,7 @@ def inspect(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, 
     modalities: dict[str, Counter[str]] = {}
     sources_seen: Counter[str] = Counter()
     rows, num_samples = [], 0
-    for path in _bar(shards):
+    for path in shown(shards):
         row = {"shard": str(path), "samples": 0, "documents": 0, "bad_samples": -bad.count}
         for document in _documents(path, bad, row):
             sources_seen[document.source] += 1
@@ -82,33 +80,8 @@ def inspect(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, 
     }
 
 
-def verify(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, Any]:
-    """Read raw shards in full and list every damage, bad sample and document of the wrong split.
-
-    The exit status is 1 when there is any.
-    """
-    bad = Quarantine(quarantine)
-    num_documents = 0
-    for path in _bar(shards):
-        held = next((held for mark, held in SPLITS.items() if mark in Path(path).name), None)
-        for document in _documents(path, bad, {}):
-            num_documents += 1
-            if held is not None and is_heldout(document.base) is not held:
-                why = f"wrong split: base key {document.base!r} belongs to the other one"
-                bad.add(shard=str(path), offset=0, key=document.key, why=why)
-    return {
-        "ok": bad.count == 0,
-        "exit_status": int(bad.count > 0),
-        "shards": len(shards),
-        "documents": num_documents,
-        "bad_samples": bad.count,
-        "reasons": dict(bad.reasons),
-        "damage": bad.lines,
-    }
-
-
 def _documents(path: Path, bad: Quarantine, row: dict[str, Any]) -> Iterator[Document]:
-    """`read_documents` of one shard, with counts of samples and documents in `row`."""
+    """The documents of one shard, with counts of samples and documents in `row`."""
     for item in samples_of(path):
         where = {"shard": item.shard, "offset": item.offset, "key": item.key}
         if isinstance(item, Damage):
@@ -139,7 +112,8 @@ def _count_parts(document: Document, modalities: dict[str, Counter[str]]) -> Non
             counts["seconds"] += part.seconds  # type: ignore[assignment] # a float sum
 
 
-def _bar(shards: Sequence[Path]) -> Iterator[Path]:
+def shown(shards: Sequence[Path]) -> Iterator[Path]:
+    """The shards under a progress bar. Raises UserError when one cannot be opened, or none is."""
     if not shards:
         raise UserError("no shards given; name one or more .tar files")
     for path in shards:  # before the bar is drawn

@@ -131,6 +131,13 @@ class Quarantine:
 
 def read_documents(paths: Iterable[str | Path], quarantine: Quarantine) -> Iterator[Document]:
     """Every usable document of the shards in order; the rest goes to `quarantine`."""
+    return (document for _, document in read_usable(paths, quarantine))
+
+
+def read_usable(
+    paths: Iterable[str | Path], quarantine: Quarantine
+) -> Iterator[tuple[Sample, Document]]:
+    """`read_documents`, each with the sample that it was read from."""
     for path in paths:
         for item in samples_of(path):
             where = {"shard": item.shard, "offset": item.offset, "key": item.key}
@@ -138,7 +145,7 @@ def read_documents(paths: Iterable[str | Path], quarantine: Quarantine) -> Itera
                 quarantine.add(**where, why=item.why)
                 continue
             try:
-                yield load_document(item)
+                yield item, load_document(item)
             except UserError as error:
                 quarantine.add(**where, why=str(error))
 
@@ -154,6 +161,12 @@ def load_document(sample: Sample) -> Document:
 
 def write_shard(path: str | Path, documents: Iterable[Record | Document]) -> int:
     """Write a tar atomically; equal documents give equal bytes. Returns how many were written."""
+    records = (each if isinstance(each, Record) else encode_document(each) for each in documents)
+    return write_samples(path, map(_to_sample, records))
+
+
+def write_samples(path: str | Path, samples: Iterable[dict[str, Any]]) -> int:
+    """`write_shard` of samples in webdataset's form: "__key__" and the bytes of each member."""
     from webdataset.writer import TarWriter
 
     path = Path(path)
@@ -167,9 +180,8 @@ def write_shard(path: str | Path, documents: Iterable[Record | Document]) -> int
                 file, encoder=False, mtime=0, user="mmpt", group="mmpt", mode=0o644
             ) as writer,
         ):
-            for document in documents:
-                record = document if isinstance(document, Record) else encode_document(document)
-                writer.write(_to_sample(record))
+            for sample in samples:
+                writer.write(sample)
                 count += 1
         os.replace(temporary, path)
     except OSError as error:
