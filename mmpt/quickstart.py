@@ -132,7 +132,8 @@ class Job:
 
     def encode(self, shards: list[Path]) -> None:
         """Raw shards -> token shards and the vocabulary."""
-        done = encode(shards, out=self.tokens, tokenizers=DEFAULT_TOKENIZERS, augment=True)
+        names = [str(shard) for shard in shards]
+        done = encode(names, out=self.tokens, tokenizers=DEFAULT_TOKENIZERS, augment=True)
         # each worker took no more than the largest
         self._note_peak(
             _peak_gib(resource.RUSAGE_SELF) + done["workers"] * _peak_gib(resource.RUSAGE_CHILDREN)

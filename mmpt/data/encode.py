@@ -6,7 +6,6 @@ made from the same bytes by the same codecs. Samples that cannot be used are cou
 beside it, in `NAME.quarantine.jsonl`.
 """
 
-import hashlib
 import os
 import tarfile
 import zlib
@@ -20,6 +19,7 @@ import numpy as np
 
 from mmpt.config import UserError
 from mmpt.data.index import load_index
+from mmpt.data.remote import find_shards, is_remote, local_copy, version_of
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
 from mmpt.data.tokens import SUFFIX, EncodedDocument, ShardWriter, TokenShard, temporary_path
 from mmpt.data.workers import Died, Progress, run_tasks
@@ -117,7 +117,7 @@ def encode_shards(
 
 
 def encode(
-    shards: list[Path],
+    shards: list[str],
     *,
     out: Path,
     tokenizers: Sequence[str] = (),
@@ -129,6 +129,7 @@ def encode(
 ) -> dict[str, Any]:
     """Encode raw shards into token shards in a folder, with vocabulary.json and processor.json.
 
+    SHARDS are paths, folders, patterns such as raw-{000..031}.tar, or URLs (s3, gs, http).
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
     be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. --workers:
     processes, each with shards of its own; 0: as many as there are cores. --strict: stop at the
@@ -219,19 +220,19 @@ def with_used_codes(vocabulary: Vocabulary, counts: Mapping[Modality, np.ndarray
 class _Task:
     """A raw shard, the token shard that it becomes, and what that notes of its origin."""
 
-    raw: Path
+    raw: str  # a path or URL
     path: Path
     source: dict[str, Any]
     tolerance: float
 
     def __str__(self) -> str:
-        return str(self.raw)
+        return self.raw
 
 
-def _source(raw: Path, processor: PartEncoder, augment: bool) -> dict[str, Any]:
+def _source(raw: str, processor: PartEncoder, augment: bool) -> dict[str, Any]:
     return {
-        "name": raw.name,
-        "sha256": _sha256(raw),
+        "name": Path(raw).name,
+        "sha256": version_of(raw),
         "max_side": processor.max_side,
         "augment": augment,
     }
@@ -240,7 +241,7 @@ def _source(raw: Path, processor: PartEncoder, augment: bool) -> dict[str, Any]:
 def _encode_apart(tasks: Sequence[_Task], processor: PartEncoder, workers: int, bar: Any) -> None:
     """By several processes; a dead one is replaced, and what it left behind is removed."""
     # so that none is left alone at the end
-    tasks = sorted(tasks, key=lambda task: task.raw.stat().st_size, reverse=True)
+    tasks = sorted(tasks, key=lambda task: _num_bytes(task.raw), reverse=True)
     for event in run_tasks(_encode_shard, processor, tasks, workers=workers):
         if isinstance(event, Progress):
             bar.update(event.count)
@@ -254,7 +255,7 @@ def _encode_shard(processor: PartEncoder, task: _Task, report: Callable[[int], A
 
 
 def _write_shard(processor: PartEncoder, task: _Task, report: Callable[[int], Any]) -> None:
-    raw, path, source = task.raw, task.path, task.source
+    raw, path, source = local_copy(task.raw), task.path, task.source
     listing = path.with_name(path.name.removesuffix(SUFFIX) + ".quarantine.jsonl")
     index = load_index(raw)
     promised = None if index is None else index.promised
@@ -287,13 +288,11 @@ def _encode_document(document: Document, processor: PartEncoder) -> EncodedDocum
     return EncodedDocument(document.key, document.base, document.order, segments)
 
 
-def _pair(shards: Sequence[str | Path], out: Path) -> list[tuple[Path, Path]]:
+def _pair(shards: Sequence[str | Path], out: Path) -> list[tuple[str, Path]]:
     """Raw shard -> token shard; refuses missing ones and names that collide."""
-    pairs: dict[Path, Path] = {}
-    for raw in map(Path, shards):
-        if not raw.is_file():
-            raise UserError(f"no shard at {raw}; give paths of .tar files")
-        path = out / f"{raw.name.partition('.')[0]}{SUFFIX}"
+    pairs: dict[Path, str] = {}
+    for raw in find_shards([str(shard) for shard in shards]):
+        path = out / f"{Path(raw).name.partition('.')[0]}{SUFFIX}"
         if path in pairs:
             raise UserError(f"{pairs[path]} and {raw} would both become {path}; rename one")
         pairs[path] = raw
@@ -322,8 +321,16 @@ def _bar(tasks: Sequence[_Task], *, progress: bool) -> Any:
     return tqdm(total=total, unit="doc", desc="encode", disable=not progress)
 
 
-def _count_samples(raw: Path) -> int:
-    """About how many samples a raw shard has, for the progress bar: damage is counted elsewhere."""
+def _num_bytes(raw: str) -> int:
+    """0 for what is remote."""
+    return 0 if is_remote(raw) else Path(raw).stat().st_size
+
+
+def _count_samples(raw: str | Path) -> int:
+    """About how many samples a raw shard has, for the progress bar: damage is counted elsewhere.
+
+    0 for what is remote.
+    """
     try:
         with tarfile.open(raw, "r:") as tar:
             return len({_key(member.name) for member in tar})
@@ -334,11 +341,3 @@ def _count_samples(raw: Path) -> int:
 def _key(name: str) -> str:
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

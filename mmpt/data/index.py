@@ -24,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 
 from mmpt.config import UserError, write_atomic
+from mmpt.data.remote import find_shards, is_remote
 from mmpt.data.tars import (
     BLOCK,
     EXTENDING_TYPES,
@@ -221,10 +222,10 @@ def index_shards(shards: Sequence[str], *, workers: int = 0, again: bool = False
     """
     from tqdm import tqdm
 
+    shards = find_shards(shards)
+    for shard in filter(is_remote, shards):
+        raise UserError(f"an index stands beside its shard; copy {shard} here, or index it there")
     todo = [shard for shard in shards if again or load_index(shard) is None]
-    for shard in todo:
-        with open_shard(shard):
-            pass  # what is missing is said before the work begins
     rows: dict[str, ShardIndex] = {}
     count = min(workers or os.cpu_count() or 1, len(todo))
     with tqdm(total=len(todo), desc="index", unit="shard") as bar:

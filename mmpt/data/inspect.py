@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mmpt.config import UserError
-from mmpt.data import sources, tars
+from mmpt.data import sources
 from mmpt.data.index import samples_of
+from mmpt.data.remote import find_shards, local_copy
 from mmpt.data.shards import Damage, Document, Quarantine, load_document
 from mmpt.parts import Audio, Image, Text, Video
 
@@ -52,7 +53,7 @@ def prepare(name: str, *, out: Path | None = None, cache: Path | None = None) ->
     }
 
 
-def inspect(shards: list[Path], *, quarantine: Path | None = None) -> dict[str, Any]:
+def inspect(shards: list[str], *, quarantine: Path | None = None) -> dict[str, Any]:
     """Count samples, documents and media of raw shards; everything is decoded."""
     bad = Quarantine(quarantine)
     modalities: dict[str, Counter[str]] = {}
@@ -112,11 +113,7 @@ def _count_parts(document: Document, modalities: dict[str, Counter[str]]) -> Non
             counts["seconds"] += part.seconds  # type: ignore[assignment] # a float sum
 
 
-def shown(shards: Sequence[Path]) -> Iterator[Path]:
-    """The shards under a progress bar. Raises UserError when one cannot be opened, or none is."""
-    if not shards:
-        raise UserError("no shards given; name one or more .tar files")
-    for path in shards:  # before the bar is drawn
-        with tars.open_shard(path):
-            pass
-    return iter(tqdm(shards, desc="reading", unit="shard"))
+def shown(shards: Sequence[str | Path]) -> Iterator[Path]:
+    """The shards that are named, on this machine, under a progress bar. Raises UserError."""
+    found = find_shards([str(shard) for shard in shards])
+    return (local_copy(shard) for shard in tqdm(found, desc="reading", unit="shard"))

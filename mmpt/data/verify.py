@@ -13,7 +13,7 @@ SPLITS = {"-train-": False, "-heldout-": True, "-unseen-": True}
 
 
 def verify(
-    shards: list[Path], *, quarantine: Path | None = None, repair: Path | None = None
+    shards: list[str], *, quarantine: Path | None = None, repair: Path | None = None
 ) -> dict[str, Any]:
     """Read raw shards in full and list every damage, bad sample and document of the wrong split.
 
@@ -22,8 +22,9 @@ def verify(
     byte by byte. The exit status is 1 when anything was bad.
     """
     bad, copies = Quarantine(quarantine), []
-    num_documents = indexed = 0
+    num_shards = num_documents = indexed = 0
     for path in shown(shards):
+        num_shards += 1
         before, good = bad.count, []
         for sample, document in read_usable([path], bad):
             num_documents += 1
@@ -42,7 +43,7 @@ def verify(
     return {
         "ok": bad.count == 0,
         "exit_status": int(bad.count > 0),
-        "shards": len(shards),
+        "shards": num_shards,
         "indexed": indexed,
         "documents": num_documents,
         "bad_samples": bad.count,
