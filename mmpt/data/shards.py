@@ -40,7 +40,7 @@ PLAIN_TEXT = ("txt", "cls", "json")
 PLAIN_MEDIA = {
     **dict.fromkeys(("png", "jpg", "jpeg", "webp"), "image"),
     **dict.fromkeys(("wav", "flac", "ogg", "opus", "mp3"), "audio"),
-    "mp4": "video",
+    **dict.fromkeys(("mp4", "webm"), "video"),
 }
 
 
@@ -250,12 +250,15 @@ def _load_part(sample: Sample, entry: Any) -> Part:
 
 
 def _load_paired(sample: Sample) -> Document:
-    """A plain paired sample: its texts, then its media, as views of one idea."""
+    """A plain paired sample: its texts, then its media, as views of one idea.
+
+    A json table without a text, beside other members, only describes them.
+    """
     if sample.beside_damage:
         raise UserError("beside damage: the sample has no part list, so it may be incomplete")
     parts: list[Part] = []
     for name in PLAIN_TEXT:
-        if name in sample.members:
+        if name in sample.members and not (len(sample.members) > 1 and _describes(sample, name)):
             parts.append(_load_plain_text(name, sample.members[name]))
     for name, data in sample.members.items():
         if name in PLAIN_MEDIA:
@@ -263,6 +266,13 @@ def _load_paired(sample: Sample) -> Document:
         elif name not in PLAIN_TEXT:
             raise UserError(f"unknown member: {name!r}, and no json lists it as a part")
     return Document(sample.key, sample.key, "any", parts, shard=sample.shard)
+
+
+def _describes(sample: Sample, name: str) -> bool:
+    if name != "json":
+        return False
+    described = _parse_json(sample.members[name])
+    return isinstance(described, dict) and "text" not in described
 
 
 def _load_plain_text(name: str, data: bytes) -> Text:

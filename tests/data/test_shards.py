@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -236,6 +237,36 @@ def test_plain_paired_samples_are_documents_text_first(tmp_path):
     ]
     assert [document.parts[0] for document in documents] == [Text("a cat"), Text("dog")]
     assert all(isinstance(document.parts[1], Image) for document in documents)
+
+
+def test_a_json_table_beside_other_members_describes_them_unless_it_holds_a_text(tmp_path):
+    members = [
+        ("a.json", b'{"width": 3}'),
+        ("a.txt", b"a cat"),
+        ("b.json", b'{"width": 3, "text": "dog"}'),
+        ("b.cls", b"7"),
+        ("c.json", b'{"width": 3}'),
+    ]
+    documents, quarantine = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [d.parts for d in documents] == [[Text("a cat")], [Text("7"), Text("dog")]]
+    assert quarantine.reasons == {"bad json": 1}
+
+
+def test_paired_films_of_both_containers_are_clips(tmp_path):
+    members = []
+    for suffix, codec in (("mp4", "libx264"), ("webm", "libvpx")):
+        film = io.BytesIO()
+        with av.open(film, "w", format=suffix) as container:
+            stream = container.add_stream(codec, rate=10)
+            stream.width = stream.height = 16
+            stream.pix_fmt = "yuv420p"
+            for _ in range(5):
+                black = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+                container.mux(stream.encode(black))
+            container.mux(stream.encode())
+        members.append((f"{suffix}.{suffix}", film.getvalue()))
+    documents, _ = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [len(document.parts[0].frames) for document in documents] == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/etc/evil.txt"])
