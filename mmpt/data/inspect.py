@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data import sources
-from mmpt.data.index import samples_of
+from mmpt.data.indexed import samples_of
 from mmpt.data.remote import find_shards, local_copy
 from mmpt.data.shards import Damage, Document, Quarantine, load_document
 from mmpt.parts import Audio, Image, Text, Video

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mmpt.config import UserError
-from mmpt.data.index import samples_of
+from mmpt.data.indexed import samples_of
 from mmpt.data.tars import Damage, Sample, read_samples
 from mmpt.media import MAX_FPS, video_bytes
 from mmpt.parts import Audio, Image, Part, Text, Video

@@ -231,11 +231,35 @@ def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def parse_header(block: bytes) -> tarfile.TarInfo | None:
+    """What a header says, when its checksum is right."""
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = _parse_plain(block)
+        if header is None:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         return None
     return header if header.size >= 0 else None
+
+
+def _parse_plain(block: bytes) -> tarfile.TarInfo | None:
+    """The common case alone, for speed: a regular file of a POSIX tar with a short name."""
+    if len(block) != BLOCK or block[257:263] != b"ustar\0" or block[345] or block[156] != ord("0"):
+        return None
+    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if checksum != _octal(block[148:156]):
+        return None
+    name, _, _ = block[:100].partition(b"\0")
+    header = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+    header.size = _octal(block[124:136])
+    return header if header.size >= 0 else None
+
+
+def _octal(field: bytes) -> int:
+    """A number; -1 for what is none, or is written in another way."""
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
 
 
 def _find_header(file: BinaryIO, offset: int, num_bytes: int) -> int:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpt.config import UserError
-from mmpt.data.index import build_index, load_index, samples_of
+from mmpt.data.index import build_index, load_index
+from mmpt.data.indexed import samples_of
 from mmpt.data.inspect import shown
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_usable, write_samples
 from mmpt.data.tars import Sample

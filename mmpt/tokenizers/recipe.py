@@ -165,7 +165,10 @@ def _find(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         found = find_shards(pattern)
         if not found:
-            raise UserError(f"no shard matches {pattern!r} here or in data/sampler")
+            raise UserError(
+                f"no shard matches {pattern!r} here or in data/sampler; mmpt data list names the "
+                "sets that mmpt data prepare builds"
+            )
         paths += found
     return paths
 

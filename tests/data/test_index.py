@@ -15,10 +15,9 @@ from mmpt.data.index import (
     index_path,
     index_shards,
     load_index,
-    read_indexed,
-    samples_of,
     save_index,
 )
+from mmpt.data.indexed import read_indexed, samples_of
 from mmpt.data.tars import Damage, Sample, read_samples
 from tests.data.test_shards import make_shard, write_tar
 

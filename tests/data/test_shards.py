@@ -21,6 +21,7 @@ from mmpt.data.shards import (
     read_samples,
     write_shard,
 )
+from mmpt.data.tars import parse_header
 from mmpt.parts import Audio, Image, Text, Video
 
 
@@ -318,6 +319,30 @@ def test_long_names_and_folders_of_every_tar_format_are_read(tmp_path, kind):
     documents, quarantine = read_all(path)
     assert quarantine.count == 0
     assert [document.key for document in documents] == [long, "b"]
+
+
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    block = make_shard(tmp_path / "a.tar").read_bytes()[:512]
+    # name, size, checksum and type, magic, prefix: what is read of a header
+    places = [*range(100), *range(124, 136), *range(148, 157), *range(257, 265), *range(345, 500)]
+    for _ in range(2000):
+        damaged = bytearray(block)
+        for place in rng.choice(places, rng.integers(0, 3)):
+            damaged[place] = rng.choice([0, 32, 48, 55, 56, 128, 255])
+        total = sum(damaged) - sum(damaged[148:156]) + 256
+        if rng.random() < 0.7:  # the checksum of what it is now
+            damaged[148:156] = f"{total:06o}\0 ".encode()
+        try:
+            wanted = tarfile.TarInfo.frombuf(bytes(damaged), "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError):
+            wanted = None
+        found = parse_header(bytes(damaged))
+        if wanted is None or wanted.size < 0:
+            assert found is None
+        else:
+            assert found is not None
+            assert [found.name, found.size, found.type] == [wanted.name, wanted.size, wanted.type]
 
 
 def test_concatenated_tars_are_read_to_the_end(tmp_path):
