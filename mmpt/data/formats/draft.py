@@ -53,8 +53,8 @@ class Draft:
 
     def text(self, text: str, *, joint: str = "\n\n", **fields: Any) -> None:
         """Add text; it joins a text before it unless it has fields (such as times) of its own."""
-        text = text.strip()
-        if not text:
+        text = text.lstrip("\r\n").rstrip()  # the first line may be indented code
+        if not text.strip():
             return
         try:
             check_unicode(text)

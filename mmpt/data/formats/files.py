@@ -50,7 +50,7 @@ def read_inside(root: Path, file: Path, *, limit: int = MAX_DOCUMENT_BYTES) -> b
     try:
         real = file.resolve(strict=True)
         if not real.is_relative_to(root.resolve()):
-            raise UserError(f"outside: {file} leads out of {root}")
+            raise UserError(f"outside: {file} leads out of {root}; name a folder above")
         if not real.is_file():
             raise UserError(f"missing file: {file} is no plain file")
         if real.stat().st_size > limit:

@@ -13,7 +13,7 @@ from typing import Any
 MAX_BOXES = 1500  # more are read from top to bottom: cutting takes quadratic time
 COLUMN_GAP = 0.8  # least width of the white between columns, in heights of a line
 COLUMN_FILL = 0.5  # least median width of a line in its column: cells of tables are narrower
-MIN_LINES = 3  # of a column
+MIN_LINES, MIN_WIDTH = 3, 8  # of a column, the width in heights of a line
 PARAGRAPH_GAP = 0.7  # white between paragraphs, in heights of a line
 
 
@@ -57,7 +57,7 @@ def joint(above: Box, below: Box) -> str:
     line = min(above.height, below.height)
     if overlap > line / 2 and below.left >= above.right:
         return " "
-    return "\n\n" if above.bottom - below.top > PARAGRAPH_GAP * line or overlap > 0 else "\n"
+    return "\n\n" if above.bottom - below.top > PARAGRAPH_GAP * line else "\n"
 
 
 def _cut_columns(group: list[Box], line: float) -> tuple[list[Box], list[Box]] | None:
@@ -66,7 +66,7 @@ def _cut_columns(group: list[Box], line: float) -> tuple[list[Box], list[Box]] |
     for width, left, right in sorted(_gaps(spans), key=lambda gap: -gap[0]):
         if width < COLUMN_GAP * line:
             return None
-        if _is_column(left) and _is_column(right):
+        if _is_column(left, line) and _is_column(right, line):
             return left, right
     return None
 
@@ -93,10 +93,12 @@ def _gaps(
     return gaps
 
 
-def _is_column(boxes: list[Box]) -> bool:
+def _is_column(boxes: list[Box], line: float) -> bool:
     """A figure, or lines of which most fill the width."""
     if any(not isinstance(box.content, str) for box in boxes):
         return True
     width = max(box.right for box in boxes) - min(box.left for box in boxes)
     widths = [box.right - box.left for box in boxes]
-    return len(boxes) >= MIN_LINES and median(widths) >= COLUMN_FILL * width
+    if len(boxes) < MIN_LINES or width < MIN_WIDTH * line:
+        return False
+    return median(widths) >= COLUMN_FILL * width

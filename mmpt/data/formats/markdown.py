@@ -10,6 +10,7 @@ from mmpt.data.formats.draft import Draft, Item
 from mmpt.data.formats.files import base_of, each, read_inside, read_linked, root_of, walk
 from mmpt.data.formats.webpage import MAX_PAGE_BYTES, read_html
 
+MAX_MARKS = 2000  # markdown-it takes quadratic time for brackets that never close
 # what is left of a link around a picture: [![alt](picture)](link)
 LINK_BEGIN, LINK_END = re.compile(r"\[\s*$"), re.compile(r"^\s*\](\([^)\n]*\)|\[[^\]\n]*\])")
 
@@ -62,7 +63,17 @@ def _parser() -> Any:
     parser = MarkdownIt("commonmark").enable("table")
     parser.inline.ruler.at("image", placed(image))
     parser.inline.ruler.at("html_inline", placed(html_inline))
+    parser.core.ruler.at("inline", _parse_paragraphs)
     return parser
+
+
+def _parse_paragraphs(state: Any) -> None:
+    """The inside of paragraphs that may hold a picture; the text of others stays as it is."""
+    for token in state.tokens:
+        if token.type == "inline" and ("![" in token.content or "<img" in token.content.lower()):
+            if sum(map(token.content.count, "[<")) > MAX_MARKS:
+                raise UserError(f"too many marks: over {MAX_MARKS} of [ and < in a paragraph")
+            state.md.inline.parse(token.content, state.md, state.env, token.children)
 
 
 def _blocks(tokens: list[Any]) -> Iterator[list[Any]]:
@@ -94,11 +105,11 @@ def _read_inline(token: Any, draft: Draft, fetch: Callable[[str], bytes]) -> Non
         before, after = token.content[end:first], token.content[last:]
         if LINK_BEGIN.search(before) and (rest := LINK_END.match(after)):
             before, last = LINK_BEGIN.sub("", before), last + rest.end()
-        draft.text(before)
+        draft.text(before.strip())
         if picture.type == "image":
             link = str(picture.attrs.get("src", ""))
             draft.add("image", link[:200], lambda link=link: fetch(link))
         else:
             read_html(picture.content, draft, fetch)
         end = last
-    draft.text(token.content[end:])
+    draft.text(token.content[end:].strip())

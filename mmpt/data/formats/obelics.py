@@ -9,6 +9,7 @@ from mmpt.config import UserError
 from mmpt.data.formats.draft import Draft, Item, LeftOut
 from mmpt.data.formats.files import each, read_downloaded, walk
 
+COLUMNS = ("images", "texts", "general_metadata")
 ROWS = 16  # that are read at once
 
 
@@ -22,22 +23,40 @@ def _read_file(file: Path, images: Path) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    first = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
             have = set(table.schema_arrow.names)
             if not {"images", "texts"} <= have:
                 raise UserError(f"bad parquet: needs columns images and texts, has {sorted(have)}")
-            columns = [n for n in ("images", "texts", "metadata", "general_metadata") if n in have]
-            for batch in table.iter_batches(batch_size=ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    yield _document(row, str(file), number, images)
-                    number += 1
+            for group in range(table.num_row_groups):
+                yield from _read_group(table, group, str(file), first, images)
+                first += table.metadata.row_group(group).num_rows
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: no UTF-8
-        reason = (str(error).splitlines() or [""])[0]
-        yield LeftOut(str(file), number, file.stem, f"bad parquet: from row {number} on: {reason}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"bad parquet: {_first_line(error)}") from None
+
+
+def _read_group(table: Any, group: int, path: str, first: int, images: Path) -> Iterator[Item]:
+    """The rows of a group; when it is damaged, the next group is read."""
+    import pyarrow
+
+    number = first
+    columns = [name for name in COLUMNS if name in table.schema_arrow.names]
+    try:
+        for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
+            for row in batch.to_pylist():
+                yield _document(row, path, number, images)
+                number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        last = first + table.metadata.row_group(group).num_rows - 1
+        why = f"bad parquet: rows {number} to {last}: {_first_line(error)}"
+        yield LeftOut(path, number, Path(path).stem, why)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _document(row: dict[str, Any], path: str, number: int, images: Path) -> Item:

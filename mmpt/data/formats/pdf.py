@@ -168,9 +168,7 @@ def _fetch(figure: Any) -> Callable[[], bytes | np.ndarray]:
         try:
             if upright and figure.get_filters() == ["DCTDecode"]:
                 return bytes(figure.get_data())
-            bitmap = figure.get_bitmap(render=_may_render(figure))
-            picture = bitmap.to_pil().convert("RGBA")
-            bitmap.close()
+            picture = figure.get_bitmap(render=_may_render(figure)).to_pil().convert("RGBA")
         except (pypdfium2.PdfiumError, ValueError) as error:
             raise UserError(f"bad image: {error}") from None
         white = PIL.Image.new("RGBA", picture.size, "white")

@@ -51,6 +51,11 @@ def _read_page(file: Path, root: Path) -> Iterator[Item]:
 def read_html(text: str, draft: Draft, fetch: Callable[[str], bytes]) -> None:
     """Put a page, or a piece of one, into a draft; `fetch` gives the bytes behind a link."""
     page = _PageReader(draft, fetch)
+    # html.parser takes quadratic time for tags and comments that never end
+    head, end, tail = text.rpartition(">")
+    text = head + end + tail.replace("<", "&lt;")
+    head, end, tail = text.rpartition("-->")
+    text = head + end + tail.replace("<!--", "&lt;!--")
     try:
         page.feed(text)
         page.close()
@@ -143,7 +148,7 @@ class _PageReader(html.parser.HTMLParser):
             self._joint = "\n\n"
         elif tag in LINES:
             self._flush()
-            self._joint = self._joint or "\n"
+            self._joint = "\n\n" if self._joint == "\n\n" else "\n"
         elif tag in CELLS:
             self._flush()
             self._joint = self._joint or " | "
