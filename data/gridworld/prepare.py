@@ -93,15 +93,14 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
 
 def play(level: str, seed: int, max_steps: int) -> Episode | None:
     """What the expert does in the room that `seed` makes; None when the mission is not solved."""
-    try:
-        import gymnasium
-        import minigrid  # noqa: F401 # it registers its levels
-        from minigrid.utils.baby_ai_bot import BabyAIBot
-    except ImportError:
-        raise UserError("gridworld needs minigrid; run `pip install 'mmpt[gridworld]'`") from None
-
     options = {"render_mode": "rgb_array", "highlight": False, "tile_size": TILE}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the rooms that it rejects
+    with contextlib.redirect_stdout(io.StringIO()):  # banners, and the rooms that are rejected
+        try:
+            import gymnasium
+            import minigrid  # noqa: F401 # it registers its levels
+            from minigrid.utils.baby_ai_bot import BabyAIBot
+        except ImportError:
+            raise UserError("gridworld needs minigrid; `pip install 'mmpt[gridworld]'`") from None
         world: Any = gymnasium.make(LEVELS[level], **options)
         world.reset(seed=seed)
         bot, steps = BabyAIBot(world), []

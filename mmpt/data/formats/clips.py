@@ -64,20 +64,23 @@ def _read_list(root: Path, path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     captions = {}
-    for row in _rows(root, path):
-        name = row.get("file_name")
+    for _, row in _rows(root, path):  # a clip that a bad line should have named has no caption
+        name = row.get("file_name") if isinstance(row, dict) else None
         if isinstance(name, str):
             captions[name.removeprefix("./")] = _caption_in(row)
     return captions
 
 
-def _rows(root: Path, path: Path) -> Iterator[dict[str, Any]]:
+def _rows(root: Path, path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Number and table of each line, or what is wrong with it."""
     for number, line in enumerate(read_text(read_inside(root, path)).splitlines()):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             row = _parse(line, f"{path.name}: line {number + 1}")
-            if not isinstance(row, dict):
-                raise UserError(f"bad json: {path.name}: line {number + 1} is no table")
-            yield row
+            yield number, row if isinstance(row, dict) else "bad json: the line is no table"
+        except UserError as error:
+            yield number, str(error)
 
 
 def _parse(text: str, name: str) -> Any:
@@ -105,14 +108,18 @@ def _read_lerobot(root: Path) -> Iterator[Item]:
     for file in walk(root / "videos", (".mp4",)):
         if found := EPISODE.fullmatch(file.name):
             films.setdefault(int(found[1]), []).append(file)
-    for number, row in enumerate(_rows(root, root / "meta" / "episodes.jsonl")):
+    for number, row in _rows(root, root / "meta" / "episodes.jsonl"):
         try:
             yield _episode(root, row, number, films)
         except UserError as error:
-            yield LeftOut(str(root), number, f"episode {row.get('episode_index')}", str(error))
+            yield LeftOut(str(root), number, f"line {number + 1}", str(error))
 
 
-def _episode(root: Path, row: dict[str, Any], number: int, films: dict[int, list[Path]]) -> Draft:
+def _episode(
+    root: Path, row: dict[str, Any] | str, number: int, films: dict[int, list[Path]]
+) -> Draft:
+    if isinstance(row, str):
+        raise UserError(row)
     index, tasks = row.get("episode_index"), row.get("tasks")
     if type(index) is not int or index not in films:
         raise UserError(f"missing file: no film of episode {index!r}")

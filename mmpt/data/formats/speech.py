@@ -20,41 +20,56 @@ def read(path: Path, images: Path | None) -> Iterator[Item]:
     A transcript and its sound are two views of one idea. Subtitles cut the sound at their times:
     text, sound, text, sound, ... with "start" and "end" in seconds; what is in no cue is left out.
     """
-    root = root_of(path)
-    yield from each(walk(path, SOUNDS), lambda file: _read_sound(file, root))
+    root, languages = root_of(path), _Languages()
+    yield from each(walk(path, SOUNDS), lambda file: _read_sound(file, root, languages))
 
 
-def _read_sound(file: Path, root: Path) -> Iterator[Item]:
+def _read_sound(file: Path, root: Path, languages: "_Languages") -> Iterator[Item]:
     draft = Draft(str(file), 0, base_of(file, root))
-    for suffix in (*SUBTITLES, ".txt"):
-        beside = _beside(file, suffix)
-        if beside is None:
-            continue
-        text = read_text(read_inside(root, beside))
-        if not text.strip():
-            raise UserError(f"empty transcript: {beside} says nothing")
-        data = read_inside(root, file)
-        if suffix in SUBTITLES:
-            _add_cues(draft, text, data)
-        else:
-            draft.order = "any"
-            draft.text(" ".join(text.split()))
-            draft.add("audio", file.name, lambda data=data: data)
-            if draft.lost:  # a text alone is no document of speech
-                raise UserError(draft.lost[0])
-        yield draft
-        return
-    raise UserError(f"no transcript: {file.name} has no .srt, .vtt or .txt beside it")
+    beside = languages.find(file)
+    if beside is None:
+        raise UserError(f"no transcript: {file.name} has no .srt, .vtt or .txt beside it")
+    text = read_text(read_inside(root, beside))
+    if not text.strip():
+        raise UserError(f"empty transcript: {beside} says nothing")
+    data = read_inside(root, file)
+    if beside.suffix in SUBTITLES:
+        _add_cues(draft, text, data)
+    else:
+        draft.order = "any"
+        draft.text(" ".join(text.split()))
+        draft.add("audio", file.name, lambda: data)
+        if draft.lost:  # a text alone is no document of speech
+            raise UserError(draft.lost[0])
+    yield draft
 
 
-def _beside(file: Path, suffix: str) -> Path | None:
-    """`a.srt`, `a.wav.srt` or (as players name the language) `a.en.srt` for `a.wav`."""
-    named = [file.with_suffix(suffix), file.with_name(file.name + suffix)]
-    if suffix in SUBTITLES:
-        stem = file.stem + "."
-        languages = (p for p in file.parent.glob(f"*{suffix}") if p.name.startswith(stem))
-        named += sorted(p for p in languages if p.name.count(".") == stem.count(".") + 1)
-    return next((path for path in named if path.is_file()), None)
+class _Languages:
+    """Finds what is said in a sound; a folder is listed once for all sounds in it."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._named: dict[str, Path] = {}
+
+    def find(self, file: Path) -> Path | None:
+        """`a.srt`, `a.wav.srt` or (as players name the language) `a.en.srt` for `a.wav`."""
+        for suffix in SUBTITLES:
+            for path in (file.with_suffix(suffix), file.with_name(file.name + suffix)):
+                if path.is_file():
+                    return path
+        self._list(file.parent)
+        transcript = file.with_suffix(".txt")
+        found = self._named.get(file.stem)
+        return found or (transcript if transcript.is_file() else None)
+
+    def _list(self, folder: Path) -> None:
+        if folder == self._folder:
+            return
+        self._folder, self._named = folder, {}
+        for path in sorted(folder.iterdir()):
+            stem, dot, _ = path.stem.rpartition(".")
+            if path.suffix in SUBTITLES and dot:
+                self._named.setdefault(stem, path)
 
 
 def _add_cues(draft: Draft, text: str, data: bytes) -> None:

@@ -112,4 +112,4 @@ def test_broken_lists_of_lerobot_are_left_out(folder, run, film):
     rows = ['{"episode_index": 0}', '{"episode_index": "1", "tasks": ["x"]}', "[]", "{}"]
     lists.write_text("\n".join(rows))
     found = run("clips", folder)
-    assert found.result["reasons"] == {"no caption": 1, "missing file": 1, "bad json": 1}
+    assert found.result["reasons"] == {"no caption": 1, "missing file": 2, "bad json": 1}
