@@ -36,7 +36,7 @@ class Box:
 def reading_order(boxes: Sequence[Box]) -> list[Box]:
     """The boxes as a person reads them."""
     if len(boxes) > MAX_BOXES:
-        return sorted(boxes, key=lambda box: (-box.top, box.left))
+        return _by_rows(list(boxes))
     heights = [box.height for box in boxes if isinstance(box.content, str)]
     line = median(heights) if heights else 1.0
     done: list[Box] = []
@@ -45,7 +45,7 @@ def reading_order(boxes: Sequence[Box]) -> list[Box]:
         group = waiting.pop()
         halves = _cut_columns(group, line) or _cut_rows(group)
         if halves is None:
-            done += sorted(group, key=lambda box: (-round(box.top), box.left))
+            done += _by_rows(group)
         else:
             waiting += reversed(halves)
     return done
@@ -78,6 +78,22 @@ def _cut_rows(group: list[Box]) -> tuple[list[Box], list[Box]] | None:
         return None
     _, above, below = max(gaps, key=lambda gap: gap[0])
     return above, below
+
+
+def _by_rows(group: list[Box]) -> list[Box]:
+    """From top to bottom, and from left to right where the middles of boxes are level."""
+    rows: list[list[Box]] = []
+    for box in sorted(group, key=lambda box: -box.top):
+        if rows and _are_level(rows[-1][0], box):
+            rows[-1].append(box)
+        else:
+            rows.append([box])
+    return [box for row in rows for box in sorted(row, key=lambda box: box.left)]
+
+
+def _are_level(first: Box, second: Box) -> bool:
+    middles = [(box.top + box.bottom) / 2 for box in (first, second)]
+    return first.bottom < middles[1] and middles[0] > second.bottom
 
 
 def _gaps(

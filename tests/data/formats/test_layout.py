@@ -41,6 +41,12 @@ def test_a_table_is_read_row_by_row():
     assert order(*reversed(cells)) == "00 01 10 11 20 21 30 31"
 
 
+def test_pieces_of_a_line_are_read_from_left_to_right_though_they_are_not_quite_level():
+    rows = [(700.4, "b", 100), (700, "a", 20), (690.6, "c", 20), (691, "d", 100)]
+    boxes = [line(left, top, text, width=60) for top, text, left in rows]
+    assert order(*boxes) == "a b c d"
+
+
 def test_texts_are_joined_by_what_parts_them():
     assert joint(line(0, 700, "a"), line(210, 700, "b")) == " "
     assert joint(line(0, 700, "a"), line(0, 688, "b")) == "\n"
