@@ -8,6 +8,7 @@ agent did: a model of the stream is a policy (which word follows) and a world (w
 import contextlib
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from mmpt.config import UserError
 from mmpt.data import importers
 from mmpt.data.shards import Record
+
+logger = logging.getLogger(__name__)
 
 LICENSE = "Apache-2.0"
 ATTRIBUTION = [
@@ -87,7 +90,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
         else:
             records[base] = list(documents(episode, settings.num_frames))
     counts = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
-    tqdm.write(f"gridworld: {left_out.total()} episodes left out ({counts or 'none'})")
+    logger.info("gridworld: %d episodes left out (%s)", left_out.total(), counts or "none")
     return importers.write_split((r for rows in records.values() for r in rows), out, "gridworld")
 
 

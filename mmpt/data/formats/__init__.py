@@ -50,11 +50,12 @@ def import_documents(
     name: str | None = None,
     images: Path | None = None,
     whole: bool = False,
-    license: str = "",
+    license: str | None = None,
     shard_mib: int = 128,
 ) -> dict[str, Any]:
     """Turn documents of KIND into raw shards, OUT/NAME-train-0000.tar, OUT/NAME-heldout-0000.tar.
 
+    KIND is obelics, mmc4, mint, html, markdown, pdf, clips or speech; PATHS are files or folders.
     obelics, mmc4: pictures are looked up in the folder IMAGES by the SHA-256 of their URL, or by
     the last component of it. A picture that is missing or broken is left out and its document
     stays, unless --whole is given. What is left out is counted and listed, with the reason, in
@@ -70,7 +71,7 @@ def import_documents(
     documents, places = Quarantine(quarantine), Quarantine(quarantine)
     num_read = num_written = 0
     for item in tqdm(_items(found.read, paths, images), desc=f"importing {kind}", unit="document"):
-        record = _to_record(item, f"{name}-{num_read:08d}", name, license, whole)
+        record = _to_record(item, f"{name}-{num_read:08d}", name, license or "", whole)
         num_read += 1
         if isinstance(record, LeftOut):
             _add(documents, record, record.why)
@@ -80,9 +81,9 @@ def import_documents(
             _add(places, item, why)
         writer.add(record)
         num_written += 1
-    shards = writer.finish()
     if not num_read:
         raise UserError(f"no {kind} documents in {', '.join(map(str, paths))}; name other paths")
+    shards = writer.finish()
     return {
         "read": num_read,
         "written": num_written,

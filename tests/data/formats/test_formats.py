@@ -1,9 +1,16 @@
 """The verb: what it counts, writes, refuses and holds."""
 
+import io
+import json
+import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from mmpt.__main__ import main
@@ -13,6 +20,7 @@ from mmpt.data.formats import import_documents
 from mmpt.data.formats.draft import Draft
 from mmpt.data.formats.writer import SplitWriter
 from mmpt.data.shards import Record, is_heldout
+from mmpt.media import video_bytes
 
 
 @pytest.fixture
@@ -78,6 +86,14 @@ def test_a_new_import_replaces_the_shards_of_its_name_alone(tmp_path):
     assert len(names) == 21
 
 
+def test_an_import_that_finds_nothing_leaves_the_one_before_alone(folder, tmp_path, run):
+    shards = run("html", folder).result["shards"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no html documents"):
+        run("html", tmp_path / "empty")
+    assert all(Path(path).exists() for path in shards)
+
+
 def test_a_document_that_is_too_large_is_left_out(folder, run, monkeypatch):
     monkeypatch.setattr(formats.draft, "MAX_DOCUMENT_BYTES", 200)
     (folder / "0.html").write_text("a" * 300)
@@ -96,6 +112,47 @@ def test_texts_join_unless_they_have_times():
     draft.text("\ud800")
     assert [part["text"] for part in draft.parts] == ["a b", "c", "d"]
     assert draft.lost[0].startswith("bad text")
+
+
+@pytest.fixture
+def samples(picture, sound) -> dict[str, tuple[str, bytes]]:
+    """A small file of each kind."""
+    page, table, tar = "https://page.example", io.BytesIO(), io.BytesIO()
+    columns = {"images": [[None, "x"]] * 9, "texts": [["a", None]] * 9}
+    pyarrow.parquet.write_table(pyarrow.table(columns), table, row_group_size=3)
+    line = {"url": page, "text_list": ["a", "b"], "image_info": [{"matched_text_index": 1}]}
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        row = json.dumps({"images": [None, "x"], "texts": ["a", None]}).encode()
+        for name, data in (("1.json", row), ("1.tiff", picture(1, "tiff"))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    return {
+        "obelics": ("a.parquet", table.getvalue()),
+        "mmc4": ("a.jsonl", (json.dumps(line) + "\n").encode() * 9),
+        "mint": ("a.tar", tar.getvalue()),
+        "html": ("a.html", b"<p>a<img src='a.png'><table><tr><td>&amp;</table><!-- x -->" * 9),
+        "markdown": ("a.md", b"# a\n\n![x](a.png) [y](z)\n\n- b\n\n```\nc\n```\n\n" * 9),
+        "clips": ("a.mp4", video_bytes(frames, 10.0)),
+        "speech": ("a.mp3", sound(kind="MP3")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["obelics", "mmc4", "mint", "html", "markdown", "clips", "speech"])
+def test_damaged_bytes_never_stop_an_import(tmp_path, samples, run, kind):
+    rng, folder, (name, whole) = random.Random(kind), tmp_path / "in", samples[kind]
+    for number in range(30):
+        data = bytearray(whole[: rng.randrange(9, len(whole))] if number % 5 == 4 else whole)
+        for _ in range(8):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        place = folder / f"{number:02}"
+        place.mkdir(parents=True)
+        (place / name).write_bytes(data)
+        (place / "a.txt").write_text("words")
+        (place / "a.vtt").write_bytes(b"WEBVTT\n\n00:00.000 --> 00:00.500\nwords\n")
+    options = {"images": tmp_path} if formats.FORMATS[kind].by_url else {}
+    assert run(kind, folder, **options).result["read"] >= 30
 
 
 @pytest.mark.parametrize(
