@@ -35,6 +35,11 @@ VERBS = {
         "build a data set from its packages",
         "emoji --out build/emoji",
     ),
+    "data import": (
+        "mmpt.data.formats:import_documents",
+        "turn documents of other formats into raw shards",
+        "html docs/_build --out build/pages --name pages",
+    ),
     "data inspect": ("mmpt.data.inspect:inspect", "count what shards hold", "data/sampler/*.tar"),
     "data index": (
         "mmpt.data.index:index_shards",

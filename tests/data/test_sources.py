@@ -115,6 +115,7 @@ def test_every_data_set_has_a_script_with_a_licence_and_a_card():
     found = sources.list_sources()
     assert {source.name for source in found} == {
         "emoji",
+        "gridworld",
         "handbook",
         "prompts",
         "sampler",
