@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.loader import Loader, mix_keys
+from mmpt.data.loader import Loader
+from mmpt.data.order import mix_keys
 from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, pick_device

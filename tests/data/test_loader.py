@@ -8,7 +8,8 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.data.layout import to_conditioned_stream, to_stream
-from mmpt.data.loader import DataConfig, Loader, SourceConfig, permute
+from mmpt.data.loader import DataConfig, Loader, SourceConfig
+from mmpt.data.order import permute
 from mmpt.data.shards import is_heldout
 from mmpt.data.tokens import EncodedDocument
 from mmpt.stream import Segment, parse

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmpt.data.pack import Packer, Piece, split
+from mmpt.data.pack import BestFit, Piece, split
 from mmpt.stream import StreamBuilder
 from mmpt.vocab import Modality
 
@@ -60,7 +60,7 @@ def test_a_span_longer_than_a_row_is_cut_and_listed_no_more(vocabulary):
 
 def test_packing_loses_no_piece_and_repeats_none(vocabulary):
     rng = np.random.default_rng(0)
-    packer = Packer(64)
+    packer = BestFit(64)
     given, taken = [], []
     for number in range(300):
         stream = text_stream(vocabulary, rng.integers(1, 65))
@@ -77,7 +77,7 @@ def test_packing_loses_no_piece_and_repeats_none(vocabulary):
 
 def test_rows_are_nearly_full(vocabulary):
     rng = np.random.default_rng(0)
-    packer = Packer(512)
+    packer = BestFit(512)
     lengths = np.clip(rng.lognormal(4.4, 0.9, 4000), 1, 512).astype(int)
     for number, length in enumerate(lengths):
         packer.add(Piece(number, text_stream(vocabulary, length)))
@@ -87,7 +87,7 @@ def test_rows_are_nearly_full(vocabulary):
 
 
 def test_the_oldest_piece_is_in_the_next_row(vocabulary):
-    packer = Packer(64)
+    packer = BestFit(64)
     packer.add(Piece("old", text_stream(vocabulary, 40)))
     for number in range(20):
         packer.add(Piece(number, text_stream(vocabulary, 64)))
@@ -98,11 +98,11 @@ def test_the_oldest_piece_is_in_the_next_row(vocabulary):
 def test_a_packer_restored_from_its_residue_goes_on_alike(vocabulary):
     rng = np.random.default_rng(1)
     streams = [text_stream(vocabulary, length) for length in rng.integers(1, 65, 100)]
-    packer = Packer(64)
+    packer = BestFit(64)
     for number, stream in enumerate(streams):
         packer.add(Piece(number, stream))
     packer.row()
-    restored = Packer(64)
+    restored = BestFit(64)
     for number in packer.residue:
         restored.add(Piece(number, streams[number]))
     while len(packer):
