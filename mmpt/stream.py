@@ -62,7 +62,7 @@ class StreamBuilder:
     def clear(self) -> "StreamBuilder":
         """Forget what was written; what `build` gave stays as it is."""
         self._ids: list[np.ndarray | list[int]] = []
-        self._runs: list[tuple[int, int, float]] = []  # (length, modality, weight) of each
+        self._runs: list[tuple[int, int, Modality, float]] = []  # (start, stop, modality, weight)
         self._spans: list[Span] = []
         self._length = 0
         return self
@@ -74,7 +74,7 @@ class StreamBuilder:
     def text(self, codes: np.ndarray | Sequence[int], *, weight: float = 1.0) -> "StreamBuilder":
         """Append text codes (n,), which are ids already."""
         codes = np.asarray(codes, dtype=np.int64).reshape(-1)
-        if len(codes) and not 0 <= codes.min() <= codes.max() < self.vocabulary.num_text:
+        if not _within(codes, self.vocabulary.num_text):
             raise UserError(f"text codes must be in [0, {self.vocabulary.num_text})")
         return self._append(codes, Modality.TEXT, weight)
 
@@ -91,7 +91,7 @@ class StreamBuilder:
         grid = (1,) * (3 - codes.ndim) + codes.shape
         self._spans.append(Span(self._length, codes.size, modality, grid))  # type: ignore[arg-type] # 3 sides by construction
         self._append(ids.reshape(-1), modality, weight)
-        return self.structure(END[modality], weight=weight)
+        return self._append([self._id(END[modality])], Modality.TEXT, weight)
 
     def header(
         self, modality: Modality, shape: Sequence[int], *, weight: float = 1.0
@@ -109,13 +109,16 @@ class StreamBuilder:
         if not self._ids:
             empty = np.zeros(0, dtype=np.int64)
             return Stream(empty, empty.astype(np.int8), empty.astype(np.float32))
-        lengths, modalities, weights = zip(*self._runs, strict=True)
-        return Stream(
-            np.concatenate(self._ids, dtype=np.int64),
-            np.repeat(np.array(modalities, dtype=np.int8), lengths),
-            np.repeat(np.array(weights, dtype=np.float32), lengths),
-            list(self._spans),
-        )
+        # few runs are media, and few weights are not 1
+        modality = np.zeros(self._length, dtype=np.int8)
+        loss_weight = np.ones(self._length, dtype=np.float32)
+        for start, stop, medium, weight in self._runs:
+            if medium:
+                modality[start:stop] = medium
+            if weight != 1.0:
+                loss_weight[start:stop] = weight
+        ids = np.concatenate(self._ids, dtype=np.int64)
+        return Stream(ids, modality, loss_weight, list(self._spans))
 
     def _id(self, name: str) -> int:
         if name not in self._structure:
@@ -128,7 +131,7 @@ class StreamBuilder:
             first, *others = self.vocabulary.ranges_of(modality)
             self._books[modality] = None if others else (first.start, first.size)
         book = self._books[modality]
-        if book and codes.size and 0 <= codes.min() <= codes.max() < book[1]:
+        if book and _within(codes, book[1]):
             return codes + book[0]
         return self.vocabulary.ids_of(modality, codes)
 
@@ -137,9 +140,15 @@ class StreamBuilder:
     ) -> "StreamBuilder":
         if len(ids):
             self._ids.append(ids)
-            self._runs.append((len(ids), modality, weight))
+            start = self._length
             self._length += len(ids)
+            self._runs.append((start, self._length, modality, weight))
         return self
+
+
+def _within(codes: np.ndarray, size: int) -> bool:
+    """Whether all int64 codes are in [0, size)."""
+    return not codes.size or bool(codes.view(np.uint64).max() < size)  # below 0 is very large
 
 
 class Segment(NamedTuple):
