@@ -127,16 +127,21 @@ class Mixer:
     def choose(self) -> str | None:
         """The source that lags most behind; None when all weights are 0."""
         total, whole = self._totals()
-        lags = [
-            (cursor.owed + cursor.weight / whole * (total - self.since + 1) - cursor.tokens, name)
-            for name, cursor in self.cursors.items()
-            if cursor.weight
-        ]
-        return max(lags)[1] if lags else None
+        chosen, most = None, 0.0
+        for name, cursor in self.cursors.items():
+            if cursor.weight:
+                share = cursor.weight / whole * (total - self.since + 1)
+                lag = cursor.owed + share - cursor.tokens
+                if chosen is None or (lag, name) > (most, chosen):
+                    chosen, most = name, lag
+        return chosen
 
     def _totals(self) -> tuple[int, float]:
-        cursors = self.cursors.values()
-        return sum(cursor.tokens for cursor in cursors), sum(cursor.weight for cursor in cursors)
+        tokens, weight = 0, 0.0
+        for cursor in self.cursors.values():
+            tokens += cursor.tokens
+            weight += cursor.weight
+        return tokens, weight
 
     def state(self) -> dict[str, Any]:
         """Four numbers per source, and one."""

@@ -5,7 +5,9 @@ is the one at place `number % len` of epoch `number // len`. So the state of a r
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -55,9 +57,10 @@ class ShardSource:
         self.name, self.vocabulary, self.condition_drop = name, vocabulary, condition_drop
         self.shards = list(shards)
         self._numbers = [_for_training(shard) for shard in shards]
-        self._starts = np.concatenate([[0], np.cumsum([len(each) for each in self._numbers])])
+        self._starts = list(accumulate(map(len, self._numbers), initial=0))
         self._separators = [shard.separator for shard in shards]
         self._key = mix_keys(seed, _hash(name))
+        self._last_epoch = -1, 0  # and its key
         self._builder = StreamBuilder(vocabulary)
         self._bits = Philox(key=np.zeros(2, dtype=np.uint64))
         self._fresh = self._bits.state
@@ -66,7 +69,7 @@ class ShardSource:
             raise UserError(f"source {name!r} has no documents that are not held out")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def fingerprint(self) -> str:
@@ -81,10 +84,14 @@ class ShardSource:
         """Document `number` of the endless sequence, its order and condition drawn anew."""
         epoch, place = divmod(number, len(self))
         document, separator = self.read(chosen := self.number(epoch, place))
+        # a fresh Philox of this key; making one asks the system for entropy, and takes longer
+        key = (self._epoch_key(epoch), mix_keys(self._key ^ MASK, chosen))
+        self._fresh["state"]["key"][:] = key
+        self._bits.state = self._fresh
         return to_stream(
             document,
             self.vocabulary,
-            self._generator(epoch, chosen),
+            self._rng,
             separator=separator,
             condition_drop=self.condition_drop,
             builder=self._builder,
@@ -92,20 +99,18 @@ class ShardSource:
 
     def number(self, epoch: int, place: int) -> int:
         """Which document stands at `place` of an epoch."""
-        return permute(place, len(self), mix_keys(self._key, epoch))
+        return permute(place, len(self), self._epoch_key(epoch))
 
     def read(self, number: int) -> tuple[EncodedDocument, np.ndarray]:
         """A document by its number in the shards, and its shard's separator."""
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        inside = self._numbers[place][number - int(self._starts[place])]
+        place = bisect_right(self._starts, number) - 1
+        inside = self._numbers[place][number - self._starts[place]]
         return self.shards[place][int(inside)], self._separators[place]
 
-    def _generator(self, epoch: int, number: int) -> Generator:
-        # a fresh Philox of this key; making one asks the system for entropy, and takes longer
-        key = (mix_keys(self._key, epoch), mix_keys(self._key ^ MASK, number))
-        self._fresh["state"]["key"][:] = key
-        self._bits.state = self._fresh
-        return self._rng
+    def _epoch_key(self, epoch: int) -> int:
+        if self._last_epoch[0] != epoch:
+            self._last_epoch = epoch, mix_keys(self._key, epoch)
+        return self._last_epoch[1]
 
 
 def permute(place: int, size: int, key: int) -> int:
