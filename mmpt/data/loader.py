@@ -126,7 +126,7 @@ class Loader(Iterator[Rows]):
             "rows": self._rows,
             "weights": self._weights,
             "streams": {
-                str(number): state | {"residue": [list(each) for each in state["residue"]]}
+                str(number): state | {"residue": np.asarray(state["residue"]).tolist()}
                 for number, state in self._states.items()
             },
         }

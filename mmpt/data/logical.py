@@ -6,8 +6,9 @@ itself, so that any number of ranks and processes gives the same rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -115,19 +116,24 @@ class LogicalStream:
         return self.packer.row()
 
     def state(self) -> dict[str, Any]:
-        """Plain values, which later rows leave as they are."""
+        """Values that later rows leave as they are; the residue is int64 (n, 3), see `Reference`.
+
+        It is taken after every batch, and sent between processes, so it has to be cheap.
+        """
+        report = vars(self.packer.report)
+        flat = np.fromiter(chain.from_iterable(self.packer.residue), dtype=np.int64)
         return {
             **self.mixer.state(),
-            "residue": self.packer.residue,
+            "residue": flat.reshape(-1, len(Reference._fields)),
             "taken": self.packer.taken,
-            "report": asdict(self.packer.report),
+            "report": report | {"ids": dict(report["ids"])},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: what waited in the packer is read again."""
         self.mixer.load(state)
         read = lru_cache(maxsize=4)(self._pieces)  # a document's pieces stand together
-        for entry in state["residue"]:
+        for entry in np.asarray(state["residue"], dtype=np.int64).tolist():
             reference = Reference(*entry)
             self.packer.add(Piece(reference, read(*reference[:2])[reference.piece]))
         self.packer.taken = state["taken"]
