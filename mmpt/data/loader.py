@@ -84,6 +84,7 @@ class Loader(Iterator[Rows]):
             raise UserError("set_weights needs weights of at least 0, one of them above 0")
         self.close()  # what was read ahead followed the old weights
         self._weights = changed
+        log.info("weights of the sources from row %d on: %s", self._rows, changed)
 
     def weights(self) -> dict[str, float]:
         """The weights for the next row."""

@@ -5,6 +5,7 @@ source that lags most behind what it should have given so far. Every logical str
 mixer, so that each realises the mix by itself.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +75,12 @@ class Schedule:
             rows = {"run": total_rows or 0, "rows": 1, "tokens": 1 / length}[stage.unit]
             self._stages.append((stage.start * rows, stage.ramp * rows, stage.weights))
         self._stages.sort(key=lambda stage: stage[0])
+        for start, ramp, _ in self._stages:
+            if not any(self.at(row := math.ceil(start + ramp)).values()):
+                raise UserError(
+                    f"data.schedule leaves no source with a weight above 0 at row {row}; name one "
+                    "that goes on"
+                )
 
     def at(self, row: int) -> dict[str, float]:
         """The weights for row `row`, counted over all streams from the beginning of the run."""

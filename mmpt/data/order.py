@@ -24,7 +24,10 @@ MASK = (1 << 64) - 1
 
 
 class Source(Protocol):
-    """What a mix reads; anything that can find a document again by its number is one."""
+    """What a mix reads; anything that can find a document again by its number is one.
+
+    A stream asks for rising numbers; only when a run goes on does it ask for some of them again.
+    """
 
     name: str
 

@@ -79,6 +79,9 @@ def test_a_schedule_that_cannot_be_is_refused():
         Schedule(WEIGHTS, [upsample], length=512)
     with pytest.raises(UserError, match="names x; the sources are a, b, c"):
         Schedule(WEIGHTS, [Stage(start=0, weights={"x": 1.0})], length=512, total_rows=1)
+    nothing = Stage(start=5, unit="rows", weights={"a": 0.0, "b": 0.0})
+    with pytest.raises(UserError, match="no source with a weight above 0 at row 5"):
+        Schedule(WEIGHTS, [nothing], length=512)
     with pytest.raises(UserError, match="never reached"):
         Stage(start=80.0, weights={"a": 1.0})
     with pytest.raises(UserError, match="at least 0"):
