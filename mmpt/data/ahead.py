@@ -80,8 +80,10 @@ class Ahead(Iterator[T], Generic[T]):
 def _receive(pipe: Connection, items: "queue.SimpleQueue[tuple[str, Any]]") -> None:
     # as many items come as were asked for, so the queue is bounded
     try:
-        while True:
-            items.put(pipe.recv())
+        kind = "item"
+        while kind == "item":
+            kind, value = pipe.recv()
+            items.put((kind, value))
     except (EOFError, OSError):
         items.put(("died", None))
 

@@ -32,7 +32,9 @@ def test_items_come_in_order_and_few_are_made_ahead(tmp_path: Path) -> None:
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     assert len(list(tmp_path.iterdir())) <= 3 + 2 + 1  # one is made before it is asked for
     assert list(items) == [3, 4, 5, 6, 7, 8]
-    assert list(items) == []
+    items.process.join()
+    for _ in range(3):  # the end stays the end
+        assert list(items) == []
     items.close()
 
 
