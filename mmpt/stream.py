@@ -7,15 +7,17 @@ knows the grid before the first code. `Rows` are packed streams of fixed length.
 Legend: N ids of a document, B rows, L row length, S spans.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from mmpt.config import UserError
 from mmpt.vocab import BEGIN, END, NUM_GRID_SIZES, Modality, Vocabulary
+
+if TYPE_CHECKING:
+    import torch  # which processes that only prepare rows need not load
 
 
 class Span(NamedTuple):
@@ -49,25 +51,30 @@ class Stream:
 
 
 class StreamBuilder:
-    """Writes a document's ids from left to right."""
+    """Writes a document's ids from left to right; after `clear` the next one."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._ids: list[np.ndarray] = []
-        self._modality: list[np.ndarray] = []
-        self._weight: list[np.ndarray] = []
+        self._structure: dict[str, int] = {}
+        self._books: dict[Modality, tuple[int, int] | None] = {}
+        self.clear()
+
+    def clear(self) -> "StreamBuilder":
+        """Forget what was written; what `build` gave stays as it is."""
+        self._ids: list[np.ndarray | list[int]] = []
+        self._runs: list[tuple[int, int, Modality, float]] = []  # (start, stop, modality, weight)
         self._spans: list[Span] = []
         self._length = 0
+        return self
 
     def structure(self, *names: str, weight: float = 1.0) -> "StreamBuilder":
         """Append structure ids by name."""
-        ids = [self.vocabulary.structure_id(name) for name in names]
-        return self._append(np.array(ids, dtype=np.int64), Modality.TEXT, weight)
+        return self._append([self._id(name) for name in names], Modality.TEXT, weight)
 
     def text(self, codes: np.ndarray | Sequence[int], *, weight: float = 1.0) -> "StreamBuilder":
         """Append text codes (n,), which are ids already."""
         codes = np.asarray(codes, dtype=np.int64).reshape(-1)
-        if len(codes) and not 0 <= codes.min() <= codes.max() < self.vocabulary.num_text:
+        if not _within(codes, self.vocabulary.num_text):
             raise UserError(f"text codes must be in [0, {self.vocabulary.num_text})")
         return self._append(codes, Modality.TEXT, weight)
 
@@ -79,12 +86,12 @@ class StreamBuilder:
         Q codebooks are flattened into the last side, which counts ids: (h, w Q) or (frames Q,).
         """
         codes = np.asarray(codes, dtype=np.int64)
-        ids = self.vocabulary.ids_of(modality, codes)
+        ids = self._media_ids(modality, codes)
         self.header(modality, codes.shape, weight=weight)
         grid = (1,) * (3 - codes.ndim) + codes.shape
         self._spans.append(Span(self._length, codes.size, modality, grid))  # type: ignore[arg-type] # 3 sides by construction
         self._append(ids.reshape(-1), modality, weight)
-        return self.structure(END[modality], weight=weight)
+        return self._append([self._id(END[modality])], Modality.TEXT, weight)
 
     def header(
         self, modality: Modality, shape: Sequence[int], *, weight: float = 1.0
@@ -95,27 +102,53 @@ class StreamBuilder:
                 f"{modality.name.lower()} needs {NUM_GRID_SIZES[modality]} sides: {shape}"
             )
         sizes = [self.vocabulary.size_id(side) for side in shape]
-        self.structure(BEGIN[modality], weight=weight)
-        return self._append(np.array(sizes, dtype=np.int64), Modality.TEXT, weight)
+        return self._append([self._id(BEGIN[modality]), *sizes], Modality.TEXT, weight)
 
     def build(self) -> Stream:
         """The stream written so far; the builder may go on."""
         if not self._ids:
             empty = np.zeros(0, dtype=np.int64)
             return Stream(empty, empty.astype(np.int8), empty.astype(np.float32))
-        return Stream(
-            np.concatenate(self._ids),
-            np.concatenate(self._modality),
-            np.concatenate(self._weight),
-            list(self._spans),
-        )
+        # few runs are media, and few weights are not 1
+        modality = np.zeros(self._length, dtype=np.int8)
+        loss_weight = np.ones(self._length, dtype=np.float32)
+        for start, stop, medium, weight in self._runs:
+            if medium:
+                modality[start:stop] = medium
+            if weight != 1.0:
+                loss_weight[start:stop] = weight
+        ids = np.concatenate(self._ids, dtype=np.int64)
+        return Stream(ids, modality, loss_weight, list(self._spans))
 
-    def _append(self, ids: np.ndarray, modality: Modality, weight: float) -> "StreamBuilder":
-        self._ids.append(ids)
-        self._modality.append(np.full(len(ids), modality, dtype=np.int8))
-        self._weight.append(np.full(len(ids), weight, dtype=np.float32))
-        self._length += len(ids)
+    def _id(self, name: str) -> int:
+        if name not in self._structure:
+            self._structure[name] = self.vocabulary.structure_id(name)
+        return self._structure[name]
+
+    def _media_ids(self, modality: Modality, codes: np.ndarray) -> np.ndarray:
+        # with one codebook it is a sum, which `Vocabulary.ids_of` is far from
+        if modality not in self._books:
+            first, *others = self.vocabulary.ranges_of(modality)
+            self._books[modality] = None if others else (first.start, first.size)
+        book = self._books[modality]
+        if book and _within(codes, book[1]):
+            return codes + book[0]
+        return self.vocabulary.ids_of(modality, codes)
+
+    def _append(
+        self, ids: np.ndarray | list[int], modality: Modality, weight: float
+    ) -> "StreamBuilder":
+        if len(ids):
+            self._ids.append(ids)
+            start = self._length
+            self._length += len(ids)
+            self._runs.append((start, self._length, modality, weight))
         return self
+
+
+def _within(codes: np.ndarray, size: int) -> bool:
+    """Whether all int64 codes are in [0, size)."""
+    return not codes.size or bool(codes.view(np.uint64).max() < size)  # below 0 is very large
 
 
 class Segment(NamedTuple):
@@ -188,51 +221,69 @@ class Rows:
     predicting this id (from the one before it). spans: int64 (S, 7), columns `SPAN_COLUMNS`.
     """
 
-    ids: torch.Tensor
-    modality: torch.Tensor
-    document: torch.Tensor
-    position: torch.Tensor
-    loss_weight: torch.Tensor
-    spans: torch.Tensor
+    ids: "torch.Tensor"
+    modality: "torch.Tensor"
+    document: "torch.Tensor"
+    position: "torch.Tensor"
+    loss_weight: "torch.Tensor"
+    spans: "torch.Tensor"
 
-    def to(self, device: torch.device | str) -> "Rows":
-        """The same rows on another device (the span table stays on the host)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("ids", "modality", "document", "position", "loss_weight")
-        }
+    def to(self, device: "torch.device | str") -> "Rows":
+        """The same rows on another device (the span table stays on the host).
+
+        To a CUDA device they go through pinned memory, so that the copy does not wait.
+        """
+        import torch
+
+        pin = torch.device(device).type == "cuda" and self.ids.device.type == "cpu"
+        moved = {}
+        for name in ("ids", "modality", "document", "position", "loss_weight"):
+            tensor = getattr(self, name)
+            moved[name] = (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
         return Rows(**moved, spans=self.spans)
 
     @classmethod
     def pack(cls, rows: Sequence[Sequence[Stream]], length: int, pad_id: int) -> "Rows":
         """Lay streams side by side: one inner sequence is one row of at most `length` ids."""
-        shape = (len(rows), length)
-        out = cls(
-            ids=torch.full(shape, pad_id, dtype=torch.int64),
-            modality=torch.zeros(shape, dtype=torch.int64),
-            document=torch.full(shape, -1, dtype=torch.int64),
-            position=torch.zeros(shape, dtype=torch.int64),
-            loss_weight=torch.zeros(shape, dtype=torch.float32),
-            spans=torch.zeros((0, len(SPAN_COLUMNS)), dtype=torch.int64),
-        )
-        table = []
-        for row, streams in enumerate(rows):
-            total = sum(len(stream) for stream in streams)
-            if total > length:
-                raise ValueError(f"row {row} holds {total} ids, more than {length}; split it")
-            offset = 0
-            for number, stream in enumerate(streams):
-                place = slice(offset, offset + len(stream))
-                out.ids[row, place] = torch.from_numpy(stream.ids)
-                out.modality[row, place] = torch.from_numpy(stream.modality.astype(np.int64))
-                out.document[row, place] = number
-                out.position[row, place] = torch.arange(len(stream))
-                out.loss_weight[row, place] = torch.from_numpy(stream.loss_weight)
-                table += [
-                    (row, offset + span.start, span.length, int(span.modality), *span.grid)
-                    for span in stream.spans
-                ]
-                offset += len(stream)
-        if table:
-            out.spans = torch.tensor(table, dtype=torch.int64)
-        return out
+        return cls.from_arrays(pack_arrays(rows, length, pad_id))
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Rows":
+        """Tensors that share the memory of what `pack_arrays` gives."""
+        import torch
+
+        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def pack_arrays(
+    rows: Sequence[Sequence[Stream]], length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """The fields of `Rows` as arrays; a row without streams is all padding."""
+    shape = (len(rows), length)
+    out = {
+        "ids": np.full(shape, pad_id, dtype=np.int64),
+        "modality": np.zeros(shape, dtype=np.int64),
+        "document": np.full(shape, -1, dtype=np.int64),
+        "position": np.zeros(shape, dtype=np.int64),
+        "loss_weight": np.zeros(shape, dtype=np.float32),
+    }
+    table = []
+    for row, streams in enumerate(rows):
+        sizes = [len(stream.ids) for stream in streams]
+        total, offset = sum(sizes), 0
+        if total > length:
+            raise ValueError(f"row {row} holds {total} ids, more than {length}; split it")
+        if not total:
+            continue
+        for name in ("ids", "modality", "loss_weight"):
+            np.concatenate([getattr(s, name) for s in streams], out=out[name][row, :total])
+        document = np.repeat(np.arange(len(streams)), sizes)
+        starts = np.cumsum(sizes) - sizes
+        out["document"][row, :total] = document
+        np.subtract(np.arange(total), starts[document], out=out["position"][row, :total])
+        for stream, size in zip(streams, sizes, strict=True):
+            for start, span_length, modality, grid in stream.spans:
+                table.append((row, offset + start, span_length, modality, *grid))
+            offset += size
+    out["spans"] = np.array(table, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS))
+    return out

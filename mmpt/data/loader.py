@@ -1,137 +1,106 @@
-"""The loader: token shards -> an endless sequence of packed rows that any run can resume.
+"""The loader: token shards -> a sequence of packed rows that any run can resume.
 
-The order of documents is a pure function of (seed, epoch, source): a keyed permutation that is
-computed, not stored. So the state is three integers per source plus references to the pieces that
-wait in the packer; on load they are read again. Sources are mixed by weights in tokens.
+The order of documents is a pure function of (seed, epoch, source) over logical streams (`logical`),
+so the state is a few integers per stream and source plus references to the pieces that wait in the
+packers; on load they are read again. Another number of ranks or workers gives the same rows.
 """
 
-import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mmpt.config import UserError
-from mmpt.data.layout import to_stream
-from mmpt.data.pack import Packer, PackReport, Piece, split
-from mmpt.data.shards import is_heldout
-from mmpt.data.tokens import EncodedDocument, TokenShard, open_shards
-from mmpt.stream import Rows, Stream
+from mmpt.data.ahead import Ahead, Died
+from mmpt.data.logical import Arrays, DataConfig, Plan, States, batches, open_sources
+from mmpt.data.mix import SourceConfig, Stage, check_names
+from mmpt.data.pack import PackReport
+from mmpt.stream import Rows, pack_arrays
 from mmpt.vocab import Vocabulary
 
-FORMAT_VERSION = 1
-MASK = (1 << 64) - 1
+__all__ = ["DataConfig", "Loader", "SourceConfig", "Stage", "merge_states"]
 
+FORMAT_VERSION = 2  # 1 knew one stream, and no schedule, quotas and kinds of packing
+MAX_DEATHS = 3  # of workers, before any of them gave a batch
 
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Token shards that are mixed as one source."""
-
-    shards: tuple[str, ...]  # paths, folders or globs
-    weight: float = 1.0  # its part of the tokens, relative to the other sources
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read and how it is packed."""
-
-    sources: dict[str, SourceConfig]
-    rows: int = 16  # rows a batch
-    length: int = 512  # ids a row
-    buffer: int = 256  # documents that wait for a row they fit
-    condition_drop: float = 0.1  # share of documents that lose their condition (guidance)
-
-    def __post_init__(self) -> None:
-        weights = [source.weight for source in self.sources.values()]
-        if not weights or min(weights) < 0 or not sum(weights):
-            raise UserError("data.sources needs weights of at least 0, one of them above 0")
-        if min(self.rows, self.length, self.buffer) < 1:
-            raise UserError("data.rows, data.length and data.buffer must be at least 1")
-
-
-class Reference(NamedTuple):
-    """Where a piece comes from: the `piece`-th of the document at `place` of a source's epoch."""
-
-    source: str
-    epoch: int
-    place: int
-    piece: int
-
-
-@dataclass
-class _Cursor:
-    """The state of one source: the next document, and how many ids it has given."""
-
-    epoch: int = 0
-    place: int = 0
-    tokens: int = 0
-
-
-class Source:
-    """The documents of several shards that are not held out, in a seeded order per epoch."""
-
-    def __init__(self, name: str, shards: Sequence[TokenShard], seed: int) -> None:
-        self.name = name
-        self.shards = list(shards)
-        self._numbers = [_for_training(shard) for shard in shards]
-        self._starts = np.concatenate([[0], np.cumsum([len(each) for each in self._numbers])])
-        self._key = mix_keys(seed, _hash(name))
-        if not len(self):
-            raise UserError(f"source {name!r} has no documents that are not held out")
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def number(self, epoch: int, place: int) -> int:
-        """Which document stands at `place` of an epoch."""
-        return permute(place, len(self), mix_keys(self._key, epoch))
-
-    def read(self, number: int) -> tuple[EncodedDocument, TokenShard]:
-        """A document by number, and the shard it is from."""
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        shard = self.shards[place]
-        return shard[int(self._numbers[place][number - int(self._starts[place])])], shard
-
-    def rng(self, epoch: int, number: int) -> np.random.Generator:
-        """The generator of a document in an epoch."""
-        key = (mix_keys(self._key, epoch), mix_keys(self._key ^ MASK, number))
-        return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when shards are added, removed or reordered."""
-        content = [
-            (shard.path.name, len(shard), sorted(shard.counts.items()), shard.notes)
-            for shard in self.shards
-        ]
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+log = logging.getLogger(__name__)
 
 
 class Loader(Iterator[Rows]):
-    """Batches of packed rows, for ever; `state_dict` after any batch resumes there."""
+    """Batches of packed rows; `state_dict` after any batch resumes there.
 
-    def __init__(self, config: DataConfig, vocabulary: Vocabulary, *, seed: int) -> None:
+    Rank r of W gives the rows r, r + W, ... of each batch. It ends (StopIteration) when all sources
+    have reached their `max_epochs`. total_rows: of the whole run, for schedules in parts of it.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        vocabulary: Vocabulary,
+        *,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        total_rows: int | None = None,
+    ) -> None:
+        if config.streams % num_ranks:
+            raise UserError(
+                f"data.streams = {config.streams} is no multiple of the {num_ranks} ranks; start "
+                f"with as many ranks as divide it, or a new run with data.streams = {num_ranks}"
+            )
         self.config, self.vocabulary, self.seed = config, vocabulary, seed
-        self.sources = {
-            name: Source(name, open_shards(source.shards, vocabulary), seed)
-            for name, source in sorted(config.sources.items())
-            if source.weight > 0
-        }
+        self.sources = open_sources(config, vocabulary, seed)
+        self._numbers = range(rank, config.streams, num_ranks)
+        self._total_rows = total_rows
+        self._rows = 0  # of the run that were handed out, over all ranks
+        self._weights: dict[str, float] | None = None  # instead of the schedule's
+        self._states: States = {}
+        self._readers: list[Iterator[tuple[Arrays, States]]] = []
+        self._schedule = self._plan(self._numbers).schedule()
         self._pad = vocabulary.structure_id("<pad>")
-        self._reset()
+
+    def __next__(self) -> Rows:
+        if not (parts := self._read()):
+            raise StopIteration
+        self._rows += self.config.rows
+        return Rows.from_arrays(self._deal(parts))
+
+    def close(self) -> None:
+        """End the workers; the next batch starts others."""
+        for reader in self._readers:
+            if isinstance(reader, Ahead):
+                reader.close()
+        self._readers = []
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Mix by these weights from the next row on, instead of the schedule.
+
+        Sources not named keep their weight. All ranks must say so after the same batch.
+        """
+        check_names(weights, self.sources, "set_weights")
+        changed = self.weights() | dict(weights)
+        if min(changed.values()) < 0 or not sum(changed.values()):
+            raise UserError("set_weights needs weights of at least 0, one of them above 0")
+        self.close()  # what was read ahead followed the old weights
+        self._weights = changed
+        log.info("weights of the sources from row %d on: %s", self._rows, changed)
+
+    def weights(self) -> dict[str, float]:
+        """The weights for the next row."""
+        return self._weights or self._schedule.at(self._rows)
 
     @property
     def report(self) -> PackReport:
-        """Fill, cuts and modality shares so far."""
-        return self._packer.report
+        """Fill, cuts and modality shares so far, over this rank's streams."""
+        return PackReport.sum(PackReport(**state["report"]) for state in self._states.values())
 
     def summary(self) -> dict[str, Any]:
         """What was read so far, as plain values."""
         return {
             "fill": self.report.fill,
             "cut": self.report.cut,
+            "over_quota": self.report.over_quota,
             "modality_shares": self.report.shares(),
             "source_shares": self.mix(),
             "epochs": self.epochs(),
@@ -139,136 +108,186 @@ class Loader(Iterator[Rows]):
 
     def mix(self) -> dict[str, float]:
         """Source -> its share of the ids read so far."""
-        total = max(sum(cursor.tokens for cursor in self._cursors.values()), 1)
-        return {name: cursor.tokens / total for name, cursor in self._cursors.items()}
+        tokens = {name: self._sum(name, 1) for name in self.sources}
+        total = max(sum(tokens.values()), 1)
+        return {name: count / total for name, count in tokens.items()}
 
     def epochs(self) -> dict[str, float]:
-        """Source -> how often its documents were read."""
+        """Source -> how often its documents were read, as far as this rank's streams say."""
+        share = len(self._numbers) / self.config.streams
         return {
-            name: cursor.epoch + cursor.place / len(self.sources[name])
-            for name, cursor in self._cursors.items()
+            name: self._sum(name, 0) / share / len(source) for name, source in self.sources.items()
         }
 
-    def __next__(self) -> Rows:
-        streams = [self._next_row() for _ in range(self.config.rows)]
-        return Rows.pack(streams, self.config.length, self._pad)
-
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able and small: it does not grow with what was read."""
+        """JSON-able and small: of this rank's streams, after the last batch that was handed out."""
         return {
             "format_version": FORMAT_VERSION,
             "settings": self._settings(),
-            "cursors": {name: asdict(cursor) for name, cursor in self._cursors.items()},
-            "residue": [list(reference) for reference in self._packer.residue],
-            "report": asdict(self.report),
+            "rows": self._rows,
+            "weights": self._weights,
+            "streams": {
+                str(number): state | {"residue": np.asarray(state["residue"]).tolist()}
+                for number, state in self._states.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; refuses a state of other data or settings."""
+        """Go on from `state_dict`, of any number of ranks: `merge_states` makes one of theirs.
+
+        Refuses a state of other data or settings, and one that lacks streams of this rank.
+        """
+        if state["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"the loader's state has format {state['format_version']}; this mmpt reads "
+                f"{FORMAT_VERSION}: upgrade"
+            )
+        if state["format_version"] == 1:
+            state = self._upgrade(state)
         for key, ours in self._settings().items():
             if (theirs := state["settings"].get(key)) != ours:
                 raise UserError(
                     f"the loader's state has {key} = {theirs}, this recipe {ours}; start a new run "
                     "or restore the old value"
                 )
-        self._reset()
-        self._cursors = {name: _Cursor(**cursor) for name, cursor in state["cursors"].items()}
-        read = lru_cache(maxsize=4)(self._read_pieces)  # a document's pieces stand together
-        for entry in state["residue"]:
-            reference = Reference(*entry)
-            self._packer.add(Piece(reference, read(*reference[:3])[reference.piece]))
-        self._packer.report = PackReport(**state["report"] | {"ids": dict(state["report"]["ids"])})
+        states = {int(number): each for number, each in state["streams"].items()}
+        if state["rows"] and (missing := sorted(set(self._numbers) - states.keys())):
+            raise UserError(
+                f"the loader's state lacks stream {missing[0]}; merge the states of all ranks"
+            )
+        self.close()
+        self._rows, self._weights = state["rows"], state["weights"]
+        self._states = {number: states[number] for number in self._numbers if number in states}
+
+    def _read(self) -> dict[int, Arrays]:
+        """The next batch: reader -> its rows, without those whose streams have ended."""
+        self._readers = self._readers or self._start()
+        parts, states = {}, {}
+        try:
+            for place in range(len(self._readers)):
+                if (item := self._next(place)) is not None:
+                    parts[place] = item[0]
+                    states |= item[1]
+        except BaseException:
+            self.close()  # some readers are a batch ahead of others
+            raise
+        self._states |= states
+        return parts
+
+    def _next(self, place: int) -> tuple[Arrays, States] | None:
+        """What a reader has next; a dead one is replaced, and goes on after what was handed out."""
+        reason = None
+        for _ in range(MAX_DEATHS):
+            try:
+                return next(self._readers[place], None)
+            except Died as death:
+                reason = death
+                log.warning("a data worker died (%s); another one goes on", reason)
+                self._readers[place] = self._ahead(self._shares()[place])
+        raise UserError(
+            f"{MAX_DEATHS} data workers died one after another ({reason}); see how much memory is "
+            "free, or set data.workers = 0"
+        )
+
+    def _start(self) -> list[Iterator[tuple[Arrays, States]]]:
+        if not self.config.workers:
+            return [batches(self._plan(self._numbers), self.sources)]
+        return [self._ahead(numbers) for numbers in self._shares()]
+
+    def _shares(self) -> list[Sequence[int]]:
+        """The streams of each reader."""
+        num = min(max(self.config.workers, 1), len(self._numbers))
+        return [self._numbers[place::num] for place in range(num)]
+
+    def _ahead(self, numbers: Sequence[int]) -> Ahead[tuple[Arrays, States]]:
+        return Ahead(batches, self._plan(numbers))
+
+    def _deal(self, parts: Mapping[int, Arrays]) -> Arrays:
+        """The rows of several readers, in the order of the run."""
+        num = len(self._shares())
+        if num == 1:
+            return parts[0]
+        rows = len(self._numbers) * self.config.rows // self.config.streams
+        out = pack_arrays([[]] * rows, self.config.length, self._pad)
+        places = np.arange(rows).reshape(-1, len(self._numbers))
+        spans = []
+        for part, arrays in parts.items():
+            place = places[:, part::num].reshape(-1)
+            for name in out.keys() - {"spans"}:
+                out[name][place] = arrays[name]
+            table = arrays["spans"].copy()
+            table[:, 0] = place[table[:, 0]]
+            spans.append(table)
+        table = np.concatenate(spans)
+        out["spans"] = table[np.argsort(table[:, 0], kind="stable")]
+        return out
+
+    def _plan(self, numbers: Sequence[int]) -> Plan:
+        states = {number: self._states[number] for number in numbers if number in self._states}
+        return Plan(
+            self.config,
+            self.vocabulary,
+            self.seed,
+            self._total_rows,
+            numbers,
+            states,
+            self._rows,
+            self._weights,
+        )
+
+    def _sum(self, name: str, column: int) -> int:
+        return sum(state["cursors"][name][column] for state in self._states.values())
 
     def _settings(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
+            "streams": self.config.streams,
             "length": self.config.length,
+            "packing": self.config.packing,
             "buffer": self.config.buffer,
+            "quotas": self.config.quotas,
             "condition_drop": self.config.condition_drop,
             "sources": {name: source.fingerprint for name, source in self.sources.items()},
         }
 
-    def _reset(self) -> None:
-        self._cursors = {name: _Cursor() for name in self.sources}
-        self._packer: Packer[Reference] = Packer(self.config.length)
+    def _upgrade(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state of format 1, as this one: it was of one stream, and named epochs and sources."""
 
-    def _next_row(self) -> list[Stream]:
-        while len(self._packer) < self.config.buffer:
-            self._read_next()
-        return self._packer.row()
+        def read(name: str, epoch: int, place: int) -> int:
+            return epoch * len(self.sources[name]) + place
 
-    def _read_next(self) -> None:
-        name = self._choose()
-        cursor = self._cursors[name]
-        pieces = self._read_pieces(name, cursor.epoch, cursor.place)
-        for number, stream in enumerate(pieces):
-            self._packer.add(Piece(Reference(name, cursor.epoch, cursor.place, number), stream))
-        self.report.cut += len(pieces) > 1
-        cursor.tokens += sum(map(len, pieces))
-        cursor.place += 1
-        if cursor.place == len(self.sources[name]):
-            cursor.epoch, cursor.place = cursor.epoch + 1, 0
-
-    def _choose(self) -> str:
-        """The source that lags most behind its share of all ids so far."""
-        weights = {name: self.config.sources[name].weight for name in self.sources}
-        total, whole = (
-            sum(cursor.tokens for cursor in self._cursors.values()),
-            sum(weights.values()),
-        )
-        return max(
-            weights,
-            key=lambda name: (
-                weights[name] / whole * (total + 1) - self._cursors[name].tokens,
-                name,
-            ),
-        )
-
-    def _read_pieces(self, name: str, epoch: int, place: int) -> list[Stream]:
-        source = self.sources[name]
-        number = source.number(epoch, place)
-        document, shard = source.read(number)
-        stream = to_stream(
-            document,
-            self.vocabulary,
-            source.rng(epoch, number),
-            separator=shard.separator,
-            condition_drop=self.config.condition_drop,
-        )
-        return split(stream, self.config.length)
+        settings = {"streams": 1, "packing": "best-fit", "quotas": {}} | state["settings"]
+        if settings["sources"].keys() != self.sources.keys():
+            return {"settings": settings}  # which are refused
+        cursors = {
+            name: [read(name, each["epoch"], each["place"]), each["tokens"], 0.0, weight]
+            for name, weight in self.weights().items()
+            for each in [state["cursors"][name]]
+        }
+        places = {name: place for place, name in enumerate(self.sources)}
+        residue = [
+            [places[name], read(name, epoch, place), piece]
+            for name, epoch, place, piece in state["residue"]
+        ]
+        stream = {"cursors": cursors, "since": 0, "residue": residue, "taken": 0}
+        return {
+            "settings": settings,
+            "rows": state["report"]["rows"],
+            "weights": None,
+            "streams": {"0": stream | {"report": state["report"]}},
+        }
 
 
-def permute(place: int, size: int, key: int) -> int:
-    """The image of `place` under a keyed permutation of range(size): nothing is stored.
-
-    A Feistel network over the next even number of bits, walked until it lands inside (Black and
-    Rogaway 2002). Integers only, so that no library version can change the order.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & mask
-        for step in range(6):
-            left, right = right, left ^ (mix_keys(key + step, right) & mask)
-        place = left << half | right
-        if place < size:
-            return place
-
-
-def mix_keys(key: int, value: int) -> int:
-    """A 64-bit hash of two integers (splitmix64's finaliser, twice)."""
-    for word in (value, key):
-        key = (key + word * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & MASK
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & MASK
-        key ^= key >> 31
-    return key
-
-
-def _for_training(shard: TokenShard) -> np.ndarray:
-    kept = [not is_heldout(base) for base in shard.bases]
-    return np.flatnonzero(kept).astype(np.int32)
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of all streams from those that the ranks have after the same batch."""
+    whole = dict(states[0])
+    whole["streams"] = {}
+    for state in states:
+        for key in ("format_version", "settings", "rows", "weights"):
+            if state[key] != states[0][key]:
+                raise UserError(
+                    f"the ranks' states differ in {key}: {state[key]} and {states[0][key]}; merge "
+                    "states of one run after the same batch"
+                )
+        whole["streams"] |= state["streams"]
+    return whole

@@ -12,14 +12,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.loader import Loader, mix_keys
+from mmpt.data.loader import Loader
+from mmpt.data.order import mix_keys
 from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, pick_device
@@ -147,7 +150,12 @@ class Trainer:
         self.objective = objective
         self.device = pick_device(recipe.device)
         self.model = model.to(self.device).train()
-        self.loader = Loader(recipe.data, vocabulary, seed=recipe.seed)
+        self.loader = Loader(
+            recipe.data,
+            vocabulary,
+            seed=recipe.seed,
+            total_rows=recipe.steps * recipe.accumulate * recipe.data.rows,
+        )
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.counters = Counters()
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
@@ -167,7 +175,12 @@ class Trainer:
         saved = latest(self.checkpoints) if counters.step else None
         path = self.folder / "metrics.jsonl"
         metrics = last_line(path)
-        with path.open("a") as sink, StopRequest() as stop, _bar(recipe, counters, progress) as bar:
+        with (
+            path.open("a") as sink,
+            closing(self.loader),
+            StopRequest() as stop,
+            _bar(recipe, counters, progress) as bar,
+        ):
             while counters.step < recipe.steps and not stop.asked:
                 metrics = self.step()
                 sink.write(json.dumps(metrics) + "\n")
@@ -217,6 +230,7 @@ class Trainer:
             "loss": finite_or_none(loss),
             "modality": by_modality(losses),
             "load": loads,
+            "sources": {name: round(share, 4) for name, share in self.loader.mix().items()},
             "bad_steps": counters.bad_steps,
         }
 
@@ -248,7 +262,13 @@ class Trainer:
         forget_after(self.folder / "metrics.jsonl", self.counters.step)
 
     def _read(self, generator: torch.Generator) -> tuple[list[Any], int]:
-        rows = [next(self.loader) for _ in range(self.recipe.accumulate)]
+        rows = list(islice(self.loader, self.recipe.accumulate))
+        if not rows:
+            raise UserError(
+                f"the data ended after step {self.counters.step} of {self.recipe.steps}, which is "
+                f"saved at {self.save()}: every source was read as often as its max_epochs says; "
+                "raise one of them, or lower steps"
+            )
         num_tokens = sum(int((each.document >= 0).sum()) for each in rows)
         batches = [self.objective.prepare(each, generator) for each in rows]
         return [batch.to(self.device) for batch in batches], num_tokens

@@ -1,13 +1,12 @@
 """What a training run is made of, as TOML says it."""
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mmpt.config import UserError, load_recipe, to_toml, write_atomic
+from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.model.config import ModelConfig
 from mmpt.train.optim import OptimConfig
@@ -15,7 +14,10 @@ from mmpt.vocab import Modality, Vocabulary
 
 # what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
 # guarded by the loader's fingerprint of the data and by the checkpoint itself
-FREE = ("checkpoint_every", "keep", "device", "vocabulary", "start", "data.sources.*.shards")
+FREE = (
+    *("checkpoint_every", "keep", "device", "vocabulary", "start"),
+    *("data.workers", "data.sources.*.shards"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,9 @@ def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
     """Store the resolved recipe in the run folder; a resumed run must have the same one."""
     path = run / "recipe.toml"
     if resumed and path.is_file():
+        # options that came later have their defaults
         ours, theirs = (
-            dict(_flatten(tomllib.loads(t))) for t in (to_toml(recipe), path.read_text())
+            dict(_flatten(to_dict(each))) for each in (recipe, load_recipe(type(recipe), path))
         )
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key) and not _is_free(key):

@@ -1,20 +1,26 @@
+import hashlib
 import json
+import os
+import runpy
+import signal
+import time
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.layout import to_conditioned_stream, to_stream
-from mmpt.data.loader import DataConfig, Loader, SourceConfig, permute
+from mmpt.data.loader import DataConfig, Loader, SourceConfig, Stage, merge_states
+from mmpt.data.logical import LogicalStream
+from mmpt.data.mix import Schedule
+from mmpt.data.order import permute
 from mmpt.data.shards import is_heldout
-from mmpt.data.tokens import EncodedDocument
-from mmpt.stream import Segment, parse
+from mmpt.stream import parse
 from mmpt.vocab import Modality
 
-NEWLINE = np.array([10])
 FIELDS = ("ids", "modality", "document", "position", "loss_weight", "spans")
 
 
@@ -100,13 +106,13 @@ def test_an_epoch_has_every_document_once_and_nothing_held_out(config, vocabular
 def test_every_id_that_is_read_comes_out_once(config, vocabulary):
     loader = Loader(config, vocabulary, seed=0)
     out = sum(int((rows.document >= 0).sum()) for rows in islice(loader, 50))
-    waiting = Loader(config, vocabulary, seed=0)
-    waiting.load_state_dict(loader.state_dict())
+    state = loader.state_dict()["streams"]["0"]
+    stream = LogicalStream(0, config, loader.sources, Schedule({"a": 0.0, "c": 0.0}, length=128))
+    stream.load(state)
     residue = 0
-    while len(waiting._packer):
-        residue += sum(map(len, waiting._packer.row()))
-    read = sum(cursor["tokens"] for cursor in loader.state_dict()["cursors"].values())
-    assert out + residue == read
+    while streams := stream.row(100, None):  # nothing is read where all weights are 0
+        residue += sum(map(len, streams))
+    assert out + residue == sum(tokens for _, tokens, *_ in state["cursors"].values())
 
 
 def test_sources_are_mixed_by_tokens(config, vocabulary):
@@ -153,92 +159,232 @@ def test_weights_must_make_sense():
         DataConfig(sources={})
 
 
-def segment(modality, *shape, start=0):
-    return Segment(modality, np.arange(start, start + int(np.prod(shape))).reshape(shape))
+def test_the_order_of_one_stream_is_the_one_of_format_1(config, vocabulary):
+    digest = hashlib.sha256()
+    for rows in islice(Loader(config, vocabulary, seed=5), 60):
+        for name in FIELDS:
+            digest.update(getattr(rows, name).numpy().tobytes())
+    assert digest.hexdigest()[:16] == "556c3688f4aaaa5b"
 
 
-DOCUMENT = EncodedDocument(
-    "k",
-    "k",
-    "any",
-    [
-        segment(Modality.TEXT, 3),
-        segment(Modality.TEXT, 4, start=20),
-        segment(Modality.IMAGE, 2, 2),
-        segment(Modality.SPEECH, 60),
-    ],
-)
+def test_a_state_of_format_1_is_read(config, vocabulary):
+    loader = Loader(config, vocabulary, seed=5)
+    list(islice(loader, 30))
+    state = loader.state_dict()
+    [stream] = state["streams"].values()
+    sizes = {name: len(source) for name, source in loader.sources.items()}
+    cursors = {}
+    for name, (read, tokens, *_) in stream["cursors"].items():
+        epoch, place = divmod(read, sizes[name])
+        cursors[name] = {"epoch": epoch, "place": place, "tokens": tokens}
+    residue = []
+    for source, read, piece in stream["residue"]:
+        name = list(sizes)[source]
+        residue.append([name, *divmod(read, sizes[name]), piece])
+    for key in ("streams", "packing", "quotas"):
+        del state["settings"][key]
+    report = {name: value for name, value in stream["report"].items() if name != "over_quota"}
+    old = {"format_version": 1, "settings": state["settings"]}
+    old |= {"cursors": cursors, "residue": residue, "report": report}
+    other = Loader(config, vocabulary, seed=5)
+    other.load_state_dict(json.loads(json.dumps(old)))
+    assert_equal(list(islice(other, 30)), list(islice(loader, 30)))
+    assert other.state_dict() == loader.state_dict()
+    with pytest.raises(UserError, match="format 3; this mmpt reads 2"):
+        other.load_state_dict(old | {"format_version": 3})
 
 
-def names(stream, vocabulary):
-    return [segment.modality.name for segment in parse(stream.ids, vocabulary)]
+def dealt(loaders, total):
+    """Batches of several ranks put together: rank r has the rows r, r + W, ..."""
+    for together in zip(*(islice(loader, total) for loader in loaders), strict=True):
+        yield [row_bytes(part, row) for row in range(len(together[0].ids)) for part in together]
 
 
-def test_long_speech_becomes_consecutive_spans(vocabulary):
-    document = replace(DOCUMENT, order="fixed")
-    stream = to_stream(
-        document, vocabulary, np.random.default_rng(0), separator=NEWLINE, condition_drop=0.0
-    )
-    lengths = [span.length for span in stream.spans if span.modality == Modality.SPEECH]
-    assert lengths == [26, 26, 8]
-    segments = list(parse(stream.ids, vocabulary))
-    assert segments[0].codes.tolist() == [0, 1, 2, 10, 20, 21, 22, 23]
-    assert np.concatenate([s.codes for s in segments[2:]]).tolist() == list(range(60))
+def row_bytes(rows, row):
+    spans = rows.spans[rows.spans[:, 0] == row, 1:]
+    parts = [*(getattr(rows, name)[row] for name in FIELDS[:5]), spans]
+    return b"".join(part.numpy().tobytes() for part in parts)
 
 
-def test_segments_of_any_order_are_permuted_and_those_of_fixed_order_never(vocabulary):
-    fixed, free = set(), set()
-    for seed in range(50):
-        rng = np.random.default_rng(seed)
-        options = {"separator": NEWLINE, "condition_drop": 0.0}
-        free.add(tuple(names(to_stream(DOCUMENT, vocabulary, rng, **options), vocabulary)))
-        fixed_document = replace(DOCUMENT, order="fixed")
-        fixed.add(tuple(names(to_stream(fixed_document, vocabulary, rng, **options), vocabulary)))
-    assert len(fixed) == 1
-    assert len(free) > 6
-
-
-@pytest.mark.parametrize("order", ["any", "fixed"])
-def test_a_dropped_condition_leaves_null_and_one_segment(vocabulary, order):
-    document, null = replace(DOCUMENT, order=order), vocabulary.structure_id("<null>")
-    kinds = set()
-    for seed in range(50):
-        rng = np.random.default_rng(seed)
-        stream = to_stream(document, vocabulary, rng, separator=NEWLINE, condition_drop=1.0)
-        assert stream.ids[1] == null
-        assert stream.loss_weight[:2].tolist() == [0, 0]
-        kinds.add(frozenset(names(stream, vocabulary)))
-    media = {frozenset({"IMAGE"}), frozenset({"SPEECH"})}
-    assert kinds == (media if order == "fixed" else media | {frozenset({"TEXT"})})
-
-
-def test_the_share_of_dropped_conditions_is_the_asked_one(vocabulary):
-    null = vocabulary.structure_id("<null>")
-    rng = np.random.default_rng(0)
-    dropped = [
-        null in to_stream(DOCUMENT, vocabulary, rng, separator=NEWLINE, condition_drop=0.1).ids
-        for _ in range(2000)
+def ranks_of(config, vocabulary, num, state=None):
+    loaders = [
+        Loader(config, vocabulary, seed=5, rank=rank, num_ranks=num, total_rows=800)
+        for rank in range(num)
     ]
-    assert np.mean(dropped) == pytest.approx(0.1, abs=0.02)
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    return loaders
 
 
-def test_a_conditioned_stream_weighs_only_the_targets_codes(vocabulary):
-    for target, count in ((Modality.TEXT, 7), (Modality.IMAGE, 4), (Modality.SPEECH, 60)):
-        stream = to_conditioned_stream(DOCUMENT, vocabulary, target, separator=NEWLINE)
-        weighted = stream.loss_weight > 0
-        assert weighted.sum() == count
-        assert (stream.modality[weighted] == target).all()
-        assert names(stream, vocabulary)[-1] == target.name
-        first = int(np.argmax(weighted))
-        assert not (stream.modality[:first] == target).any() or target == Modality.TEXT
+@pytest.fixture
+def elastic(config):
+    """The same sources for 1, 2, 3, 4, 6 or 12 ranks."""
+    ramp = Stage(start=0.1, ramp=0.5, weights={"c": 6.0})
+    return replace(config, streams=12, rows=24, schedule=(ramp,), quotas={"image": 40})
 
 
-def test_a_condition_can_come_from_another_document(vocabulary):
-    other = EncodedDocument("o", "o", "any", [segment(Modality.TEXT, 9, start=100)])
-    right = to_conditioned_stream(DOCUMENT, vocabulary, Modality.IMAGE, separator=NEWLINE)
-    wrong = to_conditioned_stream(
-        DOCUMENT, vocabulary, Modality.IMAGE, separator=NEWLINE, condition_from=other
+def test_ranks_share_the_rows_of_one_and_go_on_from_each_others_states(elastic, vocabulary):
+    whole = list(dealt(ranks_of(elastic, vocabulary, 1), 16))
+    rows, state = [], None
+    for num, steps in ((1, 3), (4, 1), (2, 5), (3, 2), (12, 1), (6, 4)):
+        loaders = ranks_of(elastic, vocabulary, num, state)
+        rows += dealt(loaders, steps)
+        state = merge_states([json.loads(json.dumps(each.state_dict())) for each in loaders])
+    assert rows == whole
+    assert state == (last := ranks_of(elastic, vocabulary, 1, state)[0]).state_dict()
+    assert last.report.rows == 16 * 24
+
+
+def test_streams_read_every_document_of_an_epoch_once(elastic, vocabulary):
+    loader = Loader(replace(elastic, schedule=()), vocabulary, seed=0)
+    next(loader)
+    for name, source in loader.sources.items():
+        read = [
+            number + 12 * place
+            for number in range(12)
+            for place in range(loader.state_dict()["streams"][str(number)]["cursors"][name][0])
+        ]
+        assert len(set(read)) == len(read)
+        assert set(range(len(source))) <= set(read)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_workers_give_the_same_rows_and_states(elastic, vocabulary, num):
+    ours = Loader(replace(elastic, workers=num), vocabulary, seed=5, total_rows=800)
+    theirs = Loader(elastic, vocabulary, seed=5, total_rows=800)
+    for _ in range(2):
+        assert_equal(list(islice(ours, 2)), list(islice(theirs, 2)))
+        assert ours.state_dict() == theirs.state_dict()
+    ours.close()
+
+
+def test_a_dead_worker_is_replaced(config, vocabulary, caplog):
+    whole = list(islice(Loader(config, vocabulary, seed=5), 30))
+    loader = Loader(replace(config, workers=1), vocabulary, seed=5)
+    rows = list(islice(loader, 2))
+    os.kill(loader._readers[0].process.pid, signal.SIGKILL)
+    rows += islice(loader, 28)
+    assert_equal(rows, whole)
+    assert "a data worker died (exit code -9)" in caplog.text
+    loader.close()
+
+
+def test_killed_at_random_points_it_goes_on_with_other_ranks_and_workers(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parent / "kill_and_resume.py"))
+    plans = [(2, 0), (1, 1), (4, 0), (1, 2), (3, 0)]
+    results = list(script["kill_and_resume"](tmp_path, plans))
+    assert [wrong for _, wrong in results] == [0] * 5
+    assert results[-1][0] > 100
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_streams_is_refused(elastic, vocabulary):
+    with pytest.raises(UserError, match="streams = 12 is no multiple of the 5 ranks"):
+        Loader(elastic, vocabulary, seed=0, num_ranks=5)
+    with pytest.raises(UserError, match="rows = 24 is no multiple"):
+        replace(elastic, streams=5)
+
+
+def test_states_of_other_ranks_are_merged_first(elastic, vocabulary):
+    one, two = ranks_of(elastic, vocabulary, 2)
+    next(one)
+    with pytest.raises(UserError, match="lacks stream 1; merge the states of all ranks"):
+        two.load_state_dict(one.state_dict())
+    with pytest.raises(UserError, match="differ in rows: 0 and 24"):
+        merge_states([one.state_dict(), two.state_dict()])
+
+
+@pytest.mark.parametrize("read", [10_000, 10_000_000])
+def test_time_to_resume_does_not_grow_with_what_was_read(config, vocabulary, read):
+    loader = Loader(config, vocabulary, seed=5)
+    next(loader)
+    state = loader.state_dict()
+    stream = state["streams"]["0"]
+    for cursor in stream["cursors"].values():
+        cursor[:3] = [read, 400 * read, 400.0 * read]
+    stream["since"] = 800 * read
+    stream["residue"] = [[source, read - place, 0] for place in range(1, 8) for source in (0, 1)]
+    other = Loader(config, vocabulary, seed=5)
+    begun = time.process_time()
+    other.load_state_dict(state)
+    assert next(other).ids.shape == (2, 128)
+    assert time.process_time() - begun < 0.2
+    assert len(json.dumps(other.state_dict())) < 3000
+
+
+def test_set_weights_holds_from_the_next_row_and_after_a_resume(elastic, vocabulary):
+    whole = Loader(elastic, vocabulary, seed=5, total_rows=800)
+    list(islice(whole, 2))
+    whole.set_weights({"a": 0.0})
+    before = whole.state_dict()
+    rows = list(islice(whole, 6))
+    after = whole.state_dict()
+    resumed = Loader(replace(elastic, workers=1), vocabulary, seed=5, total_rows=800)
+    resumed.load_state_dict(json.loads(json.dumps(before)))
+    assert resumed.weights()["a"] == 0
+    assert_equal(list(islice(resumed, 6)), rows)
+    for loader in (whole, resumed):
+        loader.set_weights({"a": 5.0})  # what the worker read ahead is forgotten
+    assert_equal([next(resumed)], [next(whole)])
+    resumed.close()
+    reads = [
+        [state["streams"][str(n)]["cursors"]["a"][0] for n in range(12)]
+        for state in (before, after)
+    ]
+    assert reads[0] == reads[1]
+    with pytest.raises(UserError, match="set_weights names d; the sources are a, c"):
+        whole.set_weights({"d": 1.0})
+    with pytest.raises(UserError, match="one of them above 0"):
+        whole.set_weights({"a": 0.0, "c": 0.0})
+
+
+@pytest.mark.parametrize(("streams", "workers"), [(1, 0), (4, 0), (4, 3)])
+def test_the_rows_end_when_every_source_was_read_as_often_as_it_may_be(
+    config, vocabulary, streams, workers
+):
+    epochs = {"a": 2.0, "c": 0.5}
+    sources = {
+        name: replace(source, max_epochs=epochs[name]) for name, source in config.sources.items()
+    }
+    config = replace(config, sources=sources, streams=streams, rows=4, workers=workers)
+    loader = Loader(config, vocabulary, seed=0)
+    rows = list(loader)
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+    number = {name: len(source) for name, source in loader.sources.items()}
+    assert {
+        name: sum(state["cursors"][name][0] for state in loader.state_dict()["streams"].values())
+        for name in epochs
+    } == {"a": 2 * number["a"], "c": -(-number["c"] // 2)}
+    read = sum(
+        cursor[1]
+        for state in loader.state_dict()["streams"].values()
+        for cursor in state["cursors"].values()
     )
-    codes = [stream.ids[stream.loss_weight > 0].tolist() for stream in (right, wrong)]
-    assert codes[0] == codes[1]
-    assert wrong.ids[1:10].tolist() == list(range(100, 109))
+    assert sum(int((each.document >= 0).sum()) for each in rows) == read  # nothing is left over
+    assert (rows[-1].loss_weight[rows[-1].document < 0] == 0).all()
+    again = Loader(replace(config, workers=0), vocabulary, seed=0)
+    again.load_state_dict(loader.state_dict())
+    assert list(again) == []
+
+
+def test_every_kind_of_packing_resumes(config, vocabulary):
+    for packing in ("first-fit", "concatenation", "none"):
+        kind = replace(config, packing=packing)
+        whole = list(islice(Loader(kind, vocabulary, seed=5), 20))
+        assert_equal(stopped_every(3, 20, kind, vocabulary), whole)
+
+
+def test_rows_move_to_a_device_as_they_are(config, vocabulary):
+    rows = next(Loader(config, vocabulary, seed=0))
+    assert_equal([rows.to("cpu")], [rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_come_back_from_a_gpu_as_they_were(config, vocabulary):
+    rows = next(Loader(config, vocabulary, seed=0))
+    moved = rows.to("cuda")
+    assert moved.ids.is_cuda
+    assert_equal([moved.to("cpu")], [rows])

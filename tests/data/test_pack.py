@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmpt.data.pack import Packer, Piece, split
+from mmpt.data.pack import PACKERS, BestFit, PackReport, Piece, split
 from mmpt.stream import StreamBuilder
 from mmpt.vocab import Modality
 
@@ -60,7 +60,7 @@ def test_a_span_longer_than_a_row_is_cut_and_listed_no_more(vocabulary):
 
 def test_packing_loses_no_piece_and_repeats_none(vocabulary):
     rng = np.random.default_rng(0)
-    packer = Packer(64)
+    packer = BestFit(64)
     given, taken = [], []
     for number in range(300):
         stream = text_stream(vocabulary, rng.integers(1, 65))
@@ -77,7 +77,7 @@ def test_packing_loses_no_piece_and_repeats_none(vocabulary):
 
 def test_rows_are_nearly_full(vocabulary):
     rng = np.random.default_rng(0)
-    packer = Packer(512)
+    packer = BestFit(512)
     lengths = np.clip(rng.lognormal(4.4, 0.9, 4000), 1, 512).astype(int)
     for number, length in enumerate(lengths):
         packer.add(Piece(number, text_stream(vocabulary, length)))
@@ -87,7 +87,7 @@ def test_rows_are_nearly_full(vocabulary):
 
 
 def test_the_oldest_piece_is_in_the_next_row(vocabulary):
-    packer = Packer(64)
+    packer = BestFit(64)
     packer.add(Piece("old", text_stream(vocabulary, 40)))
     for number in range(20):
         packer.add(Piece(number, text_stream(vocabulary, 64)))
@@ -98,14 +98,99 @@ def test_the_oldest_piece_is_in_the_next_row(vocabulary):
 def test_a_packer_restored_from_its_residue_goes_on_alike(vocabulary):
     rng = np.random.default_rng(1)
     streams = [text_stream(vocabulary, length) for length in rng.integers(1, 65, 100)]
-    packer = Packer(64)
+    packer = BestFit(64)
     for number, stream in enumerate(streams):
         packer.add(Piece(number, stream))
     packer.row()
-    restored = Packer(64)
+    restored = BestFit(64)
     for number in packer.residue:
         restored.add(Piece(number, streams[number]))
     while len(packer):
         ours, theirs = packer.row(), restored.row()
         assert [len(stream) for stream in ours] == [len(stream) for stream in theirs]
         assert packer.residue == restored.residue
+
+
+def packed(packer, streams):
+    """All rows of these streams, with the buffer kept as full as the packer likes."""
+    rows, waiting = [], list(enumerate(streams))[::-1]
+    while waiting or len(packer):
+        while packer.hungry and waiting:
+            number, stream = waiting.pop()
+            for place, piece in enumerate(packer.split(stream)):
+                packer.add(Piece((number, place), piece))
+        rows.append(packer.row())
+    return rows
+
+
+@pytest.mark.parametrize("kind", sorted(PACKERS))
+def test_every_packer_gives_every_id_once_in_rows_that_fit_and_whole_spans(vocabulary, kind):
+    rng = np.random.default_rng(3)
+    streams = [mixed_stream(vocabulary, rng) for _ in range(60)]
+    packer = PACKERS[kind](100, buffer=12)
+    rows = packed(packer, streams)
+    assert all(0 < sum(map(len, row)) <= 100 for row in rows)
+    ids = np.concatenate([stream.ids for row in rows for stream in row])
+    assert sorted(ids) == sorted(np.concatenate([stream.ids for stream in streams]))
+    spans = [(stream, span) for row in rows for stream in row for span in stream.spans]
+    assert len(spans) == sum(len(stream.spans) for stream in streams)
+    assert all(header(stream, vocabulary, span) for stream, span in spans)
+    assert packer.report.rows == len(rows)
+    assert packer.report.fill == pytest.approx(len(ids) / (100 * len(rows)))
+
+
+def test_packers_fill_differently(vocabulary):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.0, 0.9, 800), 1, 512).astype(int)
+    streams = [text_stream(vocabulary, length) for length in lengths]
+    fill = {}
+    for kind in PACKERS:
+        packer = PACKERS[kind](512, buffer=64)
+        packed(packer, streams)
+        fill[kind] = packer.report.fill
+    assert fill["none"] < 0.2
+    assert 0.9 < fill["first-fit"] <= fill["best-fit"] < fill["concatenation"]
+
+
+def test_first_fit_takes_the_oldest_that_fits(vocabulary):
+    packer = PACKERS["first-fit"](64)
+    for number, length in enumerate((40, 30, 10, 24, 14)):
+        packer.add(Piece(number, text_stream(vocabulary, length)))
+    assert [len(stream) for stream in packer.row()] == [40, 10, 14]
+    assert packer.residue == [1, 3]
+
+
+def test_concatenation_cuts_at_the_end_of_a_row_but_not_in_a_span(vocabulary):
+    picture = StreamBuilder(vocabulary).media(Modality.IMAGE, np.zeros((4, 4))).build()  # 20 ids
+    packer = PACKERS["concatenation"](32)
+    rows = packed(packer, [text_stream(vocabulary, 25), picture, text_stream(vocabulary, 40)])
+    assert [[len(stream) for stream in row] for row in rows] == [[25], [20, 12], [28]]
+    assert packer.report.cut == 1
+    long = StreamBuilder(vocabulary).media(Modality.IMAGE, np.zeros((8, 8))).build()  # 68 ids
+    rows = packed(packer, [text_stream(vocabulary, 5), long])
+    assert [[len(stream) for stream in row] for row in rows] == [[5], [32], [32], [4]]
+    assert packer.report.cut == 2
+
+
+@pytest.mark.parametrize("kind", ["best-fit", "first-fit"])
+def test_no_row_breaks_a_quota_but_one_that_a_piece_breaks_alone(vocabulary, kind):
+    rng = np.random.default_rng(1)
+    streams = [mixed_stream(vocabulary, rng) for _ in range(100)]
+    packer = PACKERS[kind](300, buffer=20, quotas={Modality.IMAGE: 40, Modality.TEXT: 150})
+    over = 0
+    for row in packed(packer, streams):
+        modality = np.concatenate([stream.modality for stream in row])
+        counts = np.bincount(modality, minlength=4)
+        if counts[Modality.IMAGE] > 40 or counts[Modality.TEXT] > 150:
+            assert len(row) == 1
+            over += 1
+    assert packer.report.over_quota == over > 5
+    assert max(len(row) for row in packed(PACKERS[kind](300), streams)) > 2
+
+
+def test_reports_add_up():
+    one, two = PackReport(rows=2, capacity=20, cut=1), PackReport(rows=1, capacity=10, pieces=3)
+    one.ids["text"], two.ids["text"] = 9, 3
+    total = PackReport.sum([one, two])
+    assert (total.rows, total.capacity, total.cut, total.pieces) == (3, 30, 1, 3)
+    assert total.fill == 0.4

@@ -262,6 +262,33 @@ def test_a_run_goes_on_where_its_data_was_moved(tmp_path, run, recipe, another):
         run(tmp_path / "run", another(data=heavier))
 
 
+def test_data_that_ends_before_the_steps_is_said_in_one_line(tmp_path, run, recipe, another):
+    [(name, source)] = recipe.data.sources.items()
+    once = replace(recipe.data, sources={name: replace(source, max_epochs=1.0)})
+    for _ in range(2):  # and again, when the run is resumed
+        with pytest.raises(UserError, match=r"data ended after step \d+ of 500, .* saved") as error:
+            run(tmp_path / "run", another(data=once, steps=500, accumulate=3))
+        assert "\n" not in str(error.value)
+    last = lines(tmp_path / "run")[-1]
+    assert latest(tmp_path / "run" / "checkpoints").name == f"step-{last['step']:08d}"
+    assert last["sources"] == {name: 1.0}
+
+
+def test_a_run_with_workers_equals_one_without(tmp_path, run, recipe, another, tensors_equal):
+    run(tmp_path / "none")
+    run(tmp_path / "some", on_step=stop_at(3))
+    run(tmp_path / "some", another(data=replace(recipe.data, workers=1)))
+    assert tensors_equal(weights(tmp_path / "some"), weights(tmp_path / "none"))
+    assert lines(tmp_path / "some") == lines(tmp_path / "none")
+
+
+def test_a_run_begun_before_an_option_was_there_goes_on(tmp_path, run):
+    run(tmp_path / "run", on_step=stop_at(2))
+    path = tmp_path / "run" / "recipe.toml"
+    path.write_text(path.read_text().replace('packing = "best-fit"\n', ""))
+    assert run(tmp_path / "run").finished
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, run, another):

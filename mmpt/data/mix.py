@@ -1,0 +1,164 @@
+"""Mixing: which source the next document comes from, so that weights in tokens are kept.
+
+Weights are a pure function of the row's number in the run (`Schedule`); a `Mixer` reads from the
+source that lags most behind what it should have given so far. Every logical stream has its own
+mixer, so that each realises the mix by itself.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmpt.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Token shards that are mixed as one source."""
+
+    shards: tuple[str, ...]  # paths, folders or globs
+    weight: float = 1.0  # its part of the tokens, relative to the other sources
+    max_epochs: float | None = None  # how often it may be read; then the others share its part
+
+    def __post_init__(self) -> None:
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise UserError(f"max_epochs = {self.max_epochs}; use more than 0, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """From `start` on the named sources have other weights; the others keep theirs.
+
+    `unit` says what start and ramp count: parts of the run (0 to 1), rows, or tokens, which are the
+    places of the rows, padding included. Upsampling at the end is a stage that starts at 0.8.
+    """
+
+    start: float
+    weights: dict[str, float]
+    ramp: float = 0.0  # how long the weights take to get there, linearly
+    unit: Literal["run", "rows", "tokens"] = "run"
+
+    def __post_init__(self) -> None:
+        if min(self.start, self.ramp, *self.weights.values()) < 0:
+            raise UserError("data.schedule: start, ramp and weights must be at least 0")
+        if self.unit == "run" and self.start >= 1:
+            raise UserError(
+                f"data.schedule: start = {self.start} of a run is never reached; use 0 to 1, or "
+                'unit = "rows" or "tokens"'
+            )
+
+
+class Schedule:
+    """The weights of all sources at any row of the run.
+
+    length: ids a row. total_rows: of the whole run, which stages in parts of it need.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        stages: Sequence[Stage] = (),
+        *,
+        length: int,
+        total_rows: int | None = None,
+    ) -> None:
+        self._weights = dict(weights)
+        self._stages: list[tuple[float, float, dict[str, float]]] = []
+        for stage in stages:
+            if stage.unit == "run" and total_rows is None:
+                raise UserError(
+                    "data.schedule has stages in parts of the run, whose length is not known here; "
+                    'give total_rows, or unit = "rows" or "tokens"'
+                )
+            check_names(stage.weights, self._weights, "data.schedule")
+            rows = {"run": total_rows or 0, "rows": 1, "tokens": 1 / length}[stage.unit]
+            self._stages.append((stage.start * rows, stage.ramp * rows, stage.weights))
+        self._stages.sort(key=lambda stage: stage[0])
+        for start, ramp, _ in self._stages:
+            if not any(self.at(row := math.ceil(start + ramp)).values()):
+                raise UserError(
+                    f"data.schedule leaves no source with a weight above 0 at row {row}; name one "
+                    "that goes on"
+                )
+
+    def at(self, row: int) -> dict[str, float]:
+        """The weights for row `row`, counted over all streams from the beginning of the run."""
+        weights = dict(self._weights)
+        for start, ramp, targets in self._stages:
+            if row < start:
+                break
+            part = min((row - start) / ramp, 1.0) if ramp else 1.0
+            for name, target in targets.items():
+                weights[name] = (1 - part) * weights[name] + part * target
+        return weights
+
+
+def check_names(weights: Mapping[str, float], known: Mapping[str, Any], where: str) -> None:
+    """Refuse weights of sources that are not there."""
+    if unknown := sorted(weights.keys() - known.keys()):
+        raise UserError(
+            f"{where} names {', '.join(unknown)}; the sources are {', '.join(sorted(known))}"
+        )
+
+
+@dataclass
+class Cursor:
+    """How far one source was read, by one stream."""
+
+    read: int = 0  # documents
+    tokens: int = 0  # ids that they had
+    owed: float = 0.0  # ids that they should have had when weights last changed
+    weight: float = 0.0  # since then
+
+
+class Mixer:
+    """Chooses sources so that their ids follow the weights, also when those change."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.cursors = {name: Cursor() for name in names}
+        self.since = 0  # ids of all sources when the weights last changed
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """The weights from here on; what a source lags behind so far is not forgotten."""
+        cursors = self.cursors
+        if all(cursor.weight == weights[name] for name, cursor in cursors.items()):
+            return
+        total, whole = self._totals()
+        for name, cursor in cursors.items():
+            if whole:
+                cursor.owed += cursor.weight / whole * (total - self.since)
+            cursor.weight = weights[name]
+        self.since = total
+
+    def choose(self) -> str | None:
+        """The source that lags most behind; None when all weights are 0."""
+        total, whole = self._totals()
+        chosen, most = None, 0.0
+        for name, cursor in self.cursors.items():
+            if cursor.weight:
+                share = cursor.weight / whole * (total - self.since + 1)
+                lag = cursor.owed + share - cursor.tokens
+                if chosen is None or (lag, name) > (most, chosen):
+                    chosen, most = name, lag
+        return chosen
+
+    def _totals(self) -> tuple[int, float]:
+        tokens, weight = 0, 0.0
+        for cursor in self.cursors.values():
+            tokens += cursor.tokens
+            weight += cursor.weight
+        return tokens, weight
+
+    def state(self) -> dict[str, Any]:
+        """Four numbers per source, and one."""
+        cursors = {
+            name: [cursor.read, cursor.tokens, cursor.owed, cursor.weight]
+            for name, cursor in self.cursors.items()
+        }
+        return {"cursors": cursors, "since": self.since}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.cursors = {name: Cursor(*state["cursors"][name]) for name in self.cursors}
+        self.since = state["since"]

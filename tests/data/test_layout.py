@@ -1,0 +1,119 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mmpt.data.layout import to_conditioned_stream, to_stream
+from mmpt.data.tokens import EncodedDocument
+from mmpt.stream import Segment, StreamBuilder, parse
+from mmpt.vocab import Modality
+
+NEWLINE = np.array([10])
+
+
+def segment(modality, *shape, start=0):
+    return Segment(modality, np.arange(start, start + int(np.prod(shape))).reshape(shape))
+
+
+DOCUMENT = EncodedDocument(
+    "k",
+    "k",
+    "any",
+    [
+        segment(Modality.TEXT, 3),
+        segment(Modality.TEXT, 4, start=20),
+        segment(Modality.IMAGE, 2, 2),
+        segment(Modality.SPEECH, 60),
+    ],
+)
+
+
+def names(stream, vocabulary):
+    return [segment.modality.name for segment in parse(stream.ids, vocabulary)]
+
+
+def test_long_speech_becomes_consecutive_spans(vocabulary):
+    document = replace(DOCUMENT, order="fixed")
+    stream = to_stream(
+        document, vocabulary, np.random.default_rng(0), separator=NEWLINE, condition_drop=0.0
+    )
+    lengths = [span.length for span in stream.spans if span.modality == Modality.SPEECH]
+    assert lengths == [26, 26, 8]
+    segments = list(parse(stream.ids, vocabulary))
+    assert segments[0].codes.tolist() == [0, 1, 2, 10, 20, 21, 22, 23]
+    assert np.concatenate([s.codes for s in segments[2:]]).tolist() == list(range(60))
+
+
+def test_segments_of_any_order_are_permuted_and_those_of_fixed_order_never(vocabulary):
+    fixed, free = set(), set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        options = {"separator": NEWLINE, "condition_drop": 0.0}
+        free.add(tuple(names(to_stream(DOCUMENT, vocabulary, rng, **options), vocabulary)))
+        fixed_document = replace(DOCUMENT, order="fixed")
+        fixed.add(tuple(names(to_stream(fixed_document, vocabulary, rng, **options), vocabulary)))
+    assert len(fixed) == 1
+    assert len(free) > 6
+
+
+@pytest.mark.parametrize("order", ["any", "fixed"])
+def test_a_dropped_condition_leaves_null_and_one_segment(vocabulary, order):
+    document, null = replace(DOCUMENT, order=order), vocabulary.structure_id("<null>")
+    kinds = set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        stream = to_stream(document, vocabulary, rng, separator=NEWLINE, condition_drop=1.0)
+        assert stream.ids[1] == null
+        assert stream.loss_weight[:2].tolist() == [0, 0]
+        kinds.add(frozenset(names(stream, vocabulary)))
+    media = {frozenset({"IMAGE"}), frozenset({"SPEECH"})}
+    assert kinds == (media if order == "fixed" else media | {frozenset({"TEXT"})})
+
+
+def test_the_share_of_dropped_conditions_is_the_asked_one(vocabulary):
+    null = vocabulary.structure_id("<null>")
+    rng = np.random.default_rng(0)
+    dropped = [
+        null in to_stream(DOCUMENT, vocabulary, rng, separator=NEWLINE, condition_drop=0.1).ids
+        for _ in range(2000)
+    ]
+    assert np.mean(dropped) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_conditioned_stream_weighs_only_the_targets_codes(vocabulary):
+    for target, count in ((Modality.TEXT, 7), (Modality.IMAGE, 4), (Modality.SPEECH, 60)):
+        stream = to_conditioned_stream(DOCUMENT, vocabulary, target, separator=NEWLINE)
+        weighted = stream.loss_weight > 0
+        assert weighted.sum() == count
+        assert (stream.modality[weighted] == target).all()
+        assert names(stream, vocabulary)[-1] == target.name
+        first = int(np.argmax(weighted))
+        assert not (stream.modality[:first] == target).any() or target == Modality.TEXT
+
+
+def test_a_condition_can_come_from_another_document(vocabulary):
+    other = EncodedDocument("o", "o", "any", [segment(Modality.TEXT, 9, start=100)])
+    right = to_conditioned_stream(DOCUMENT, vocabulary, Modality.IMAGE, separator=NEWLINE)
+    wrong = to_conditioned_stream(
+        DOCUMENT, vocabulary, Modality.IMAGE, separator=NEWLINE, condition_from=other
+    )
+    codes = [stream.ids[stream.loss_weight > 0].tolist() for stream in (right, wrong)]
+    assert codes[0] == codes[1]
+    assert wrong.ids[1:10].tolist() == list(range(100, 109))
+
+
+def test_a_builder_that_wrote_other_documents_writes_the_same(vocabulary):
+    builder = StreamBuilder(vocabulary)
+    for seed in range(10):
+        ours, theirs = (
+            to_stream(
+                DOCUMENT,
+                vocabulary,
+                np.random.default_rng(seed),
+                separator=NEWLINE,
+                builder=each,
+            )
+            for each in (builder, None)
+        )
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert ours.spans == theirs.spans
