@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,6 +35,7 @@ __all__ = [
 
 Order = Literal["any", "fixed"]
 MEDIA_TYPES = {"image": Image, "video": Video, "audio": Audio}
+MAX_TIME = 1e7  # seconds of one document
 PLAIN_TEXT = ("txt", "cls", "json")
 PLAIN_MEDIA = {
     **dict.fromkeys(("png", "jpg", "jpeg", "webp"), "image"),
@@ -54,6 +55,8 @@ class Document:
 
     voices: who speaks in each audio part, "" where the shard does not say; empty: no word of it.
     mirror: whether its pictures and clips mean the same when left and right are swapped.
+    times: when each part begins and ends, in seconds of the document, None where the shard does
+    not say; empty: no word of it.
     """
 
     key: str
@@ -64,6 +67,7 @@ class Document:
     shard: str = ""
     voices: tuple[str, ...] = ()
     mirror: bool = True
+    times: tuple[tuple[float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Record:
     """A document whose media are encoded already: what `write_shard` writes byte for byte.
 
     A text part is `{"type": "text", "text": ...}`; a media part holds its bytes under "data" and
-    its format under "suffix"; all other keys (fps, voice, synthetic) go to the json as they are.
+    its format under "suffix"; all other keys (fps, voice, synthetic, start, end) go to the json as
+    they are, and so does `more`, beside the list of parts.
     """
 
     key: str
@@ -81,6 +86,7 @@ class Record:
     source: str
     license: str
     mirror: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -204,6 +210,7 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         shard=sample.shard,
         voices=tuple(str(entry.get("voice", "")) for entry in parts if entry["type"] == "audio"),
         mirror=described.get("mirror") is not False,
+        times=_load_times(parts),
     )
 
 
@@ -224,6 +231,23 @@ def _load_part(sample: Sample, entry: Any) -> Part:
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
         raise UserError(f"bad json: fps must be a number above 0, not {fps!r}")
     return _load_media(kind, ref, sample.members[ref], fps=float(fps))
+
+
+def _load_times(entries: list[dict[str, Any]]) -> tuple[tuple[float, float] | None, ...]:
+    times = tuple(_load_time(entry.get("start"), entry.get("end")) for entry in entries)
+    return times if any(times) else ()
+
+
+def _load_time(start: Any, end: Any) -> tuple[float, float] | None:
+    if start is None and end is None:
+        return None
+    for value in (start, end):
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not 0 <= value <= MAX_TIME:
+            raise UserError(f"bad json: a time is seconds from 0 to {MAX_TIME:.0e}, not {value!r}")
+    if end < start:
+        raise UserError(f"bad json: a part ends at {end} s, before it starts at {start} s")
+    return float(start), float(end)
 
 
 def _load_paired(sample: Sample) -> Document:
@@ -273,10 +297,12 @@ def _load_media(kind: str, name: str, data: bytes, **options: float) -> Part:
 
 
 def _encode_parts(document: Document) -> Iterator[dict[str, Any]]:
-    voices = iter(document.voices)
+    voices, times = iter(document.voices), iter(document.times)
     for part in document.parts:
         entry = _encode_part(part)
         voice = next(voices, "") if isinstance(part, Audio) else ""
+        time = next(times, None)
+        entry |= {"start": time[0], "end": time[1]} if time else {}
         yield entry | ({"voice": voice} if voice else {})
 
 
@@ -313,6 +339,7 @@ def _to_sample(record: Record) -> dict[str, Any]:
         "source": record.source,
         "license": record.license,
         **({} if record.mirror else {"mirror": False}),
+        **record.more,
     }
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     return {"__key__": record.key, "json": text.encode(), **media}
