@@ -245,7 +245,7 @@ def _when(original: Original, sound: int, texts: Sequence[int], tools: Tools) ->
         times = [original.time(index) or (0.0, 0.0) for index in texts]
     else:
         said = original.text(texts[0])
-        ends = [(texts[0], match.end()) for match in re.finditer(r"\S+\s*", said)]
+        ends = [(texts[0], end) for end in _word_ends(said)]
         times = original.record.parts[texts[0]].get("words")
         if times is None:
             found = align(tools.speech, heard, said, min_score=tools.recipe.min_score).words
@@ -255,6 +255,12 @@ def _when(original: Original, sound: int, texts: Sequence[int], tools: Tools) ->
     until = [min(max(middle, 0.0), heard.seconds) for middle in middles] + [heard.seconds]
     words = [Words(of, end, time) for (of, end), time in zip(ends, until, strict=True)]
     return _join_short(words)
+
+
+def _word_ends(text: str) -> list[int]:
+    """Where each word ends; white space belongs to the word behind it, as in ids of text."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    return [*ends[:-1], len(text)]
 
 
 def _check_times(times: object, count: int) -> None:
@@ -308,7 +314,7 @@ def _places(original: Original, index: int) -> Sequence[float]:
     part = original.document.parts[index]
     found: Sequence[float] = ()
     if isinstance(part, Text):
-        found = [match.end() for match in re.finditer(r"\S+\s*", part.text)][:-1]
+        found = _word_ends(part.text)[:-1]
     elif isinstance(part, Audio):
         found = [k * CODE_SECONDS for k in range(1, math.ceil(part.seconds / CODE_SECONDS))]
     elif isinstance(part, Video):
