@@ -84,7 +84,9 @@ def _row(part: Part, entry: dict[str, Any], index: int, original: Original) -> s
     about += [escape(entry[key]) for key in SHOWN_KEYS if entry.get(key)]
     words = entry.get("text") if kind != "text" else None
     if isinstance(words, str):
-        about.append(tag("q", escape(words.strip()), title="what it stands for; not shown to a model"))
+        about.append(
+            tag("q", escape(words.strip()), title="what it stands for; not shown to a model")
+        )
     label = tag("div", *(tag("span", each) for each in about), class_="about")
     content = tag("div", render_part(part, f"{kind} {index + 1}"), class_=f"part {kind}")
     return tag("li", label, content)

@@ -100,7 +100,11 @@ class Original:
 
     def become(self, template: str, parts: Sequence[Entry]) -> Record:
         """The record of the new parts, with what `restore` needs."""
-        kept = [{k: v for k, v in e.items() if k not in CONTENT} for e in self.record.parts]
+        # an empty text keeps the place of the key, so that restored shards have equal bytes
+        kept = [
+            {k: "" if k == "text" else v for k, v in entry.items() if k not in ("data", "suffix")}
+            for entry in self.record.parts
+        ]
         notes = {"template": template, "order": self.record.order, "parts": kept}
         more = {**self.record.more, NOTES: notes}
         return replace(self.record, order="fixed", parts=tuple(parts), more=more)
@@ -181,7 +185,7 @@ def _joined(entries: Sequence[Entry], index: int, kept: Entry) -> Entry:
         of, number = entry.get("of" if shown else "twin", (None, 0))
         if of == index:
             numbered[number] = entry
-    pieces = [numbered[number] for number in range(len(numbered))]
+    pieces = [numbered[number] for number in range(max(len(numbered), 1))]
     if kept["type"] == "text":
         return kept | {"text": "".join(piece["text"] for piece in pieces)}
     if len(pieces) == 1:
