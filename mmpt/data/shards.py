@@ -241,13 +241,17 @@ def _load_times(entries: list[dict[str, Any]]) -> tuple[tuple[float, float] | No
 def _load_time(start: Any, end: Any) -> tuple[float, float] | None:
     if start is None and end is None:
         return None
-    for value in (start, end):
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not 0 <= value <= MAX_TIME:
-            raise UserError(f"bad json: a time is seconds from 0 to {MAX_TIME:.0e}, not {value!r}")
-    if end < start:
+    begin, stop = _seconds(start), _seconds(end)
+    if stop < begin:
         raise UserError(f"bad json: a part ends at {end} s, before it starts at {start} s")
-    return float(start), float(end)
+    return begin, stop
+
+
+def _seconds(value: Any) -> float:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 <= value <= MAX_TIME:
+        raise UserError(f"bad json: a time is seconds from 0 to {MAX_TIME:.0e}, not {value!r:.99}")
+    return float(value)
 
 
 def _load_paired(sample: Sample) -> Document:

@@ -232,6 +232,31 @@ def test_captions_of_a_film_are_heard_or_read_as_a_whole(make, tmp_path):
     check_restored(tmp_path, made, record)
 
 
+def subtitled() -> Record:
+    """Captions, each before its sound, as subtitles are read."""
+    parts: list[Part | dict] = []
+    for k in range(10):
+        time = {"start": 2.0 * k, "end": 2.0 * k + 0.5}
+        parts += [Text(f"caption {k}"), time, make_sound(0.5, k), time]
+    return make_record(Text("a title"), *parts, order="fixed")
+
+
+@pytest.mark.parametrize("template", SPOKEN)
+def test_a_document_of_many_sounds_and_captions_comes_back(make, tmp_path, template):
+    made = make(template, subtitled(), mean_words=2)
+    check_restored(tmp_path, made, subtitled())
+    heard = sum(isinstance(part, Audio) for part in made.document.parts)
+    assert heard == (3 if template == "speech-text-spans" else 10)
+    begins = [time[0] for time in made.document.times if time]
+    assert begins == sorted(begins)
+
+
+def test_sounds_without_captions_of_their_own_are_kept(make):
+    record = make_record(Text("a"), make_sound(0.1), make_sound(0.1))
+    with pytest.raises(NoPairError, match="several sounds"):
+        make("recognition", record)
+
+
 def test_streaming_has_13_ids_then_26_codes_in_turn(make):
     text = " ".join(f"word{k}" for k in range(40))
     made = make("streaming", make_record(Text(text), make_sound(28.0)))
@@ -341,7 +366,7 @@ def test_every_sample_is_interleaved_kept_or_quarantined(tmp_path):
     out = tmp_path / "out"
     report = interleave([str(tmp_path / "in/x-train-0.tar")], out=out, template="speech-text-spans")
     assert (report["samples"], report["interleaved"], report["kept"]) == (4, 1, 1)
-    assert report["kept_because"] == {"not exactly one sound": 1}
+    assert report["kept_because"] == {"no sound": 1}
     lines = (out / "x-train-0.quarantine.jsonl").read_text().splitlines()
     assert len(lines) == report["bad_samples"] == 4
     damage = {"destroyed header": 1, "truncated": 1}
@@ -353,6 +378,34 @@ def test_every_sample_is_interleaved_kept_or_quarantined(tmp_path):
     assert [document.key for document in documents] == ["good", "none"]
     assert [document.order for document in documents] == ["fixed", "any"]
     assert [document.base for document in documents] == ["base-good", "base-none"]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        3,
+        [],
+        [[0, 1]],
+        [[0], [0, 1, 2]],
+        [[0, 1], [1, "2"], 3],
+        [[0, 1], [1, float("nan")]],
+        [[0, 1], [1, 10**400]],
+        [[0, 1], [-1, 1]],
+        [[0, 1], ["a", 1]],
+        {"a": 1},
+    ],
+)
+def test_bad_word_times_are_refused(make, times):
+    record = make_record(Text("a b"), {"words": times}, make_sound(2.0))
+    with pytest.raises(UserError, match="words must be a .start, end. in seconds for each of 2"):
+        make("speech-text-spans", record)
+
+
+def test_captions_without_any_sound_are_refused(make):
+    late = {"start": 9.0, "end": 9.5}
+    texts = Text("a"), {"start": 0.0, "end": 0.5}, Text("b"), late, Text("c"), late
+    with pytest.raises(UserError, match="bad times: a text has no sound"):
+        make("speech-text-spans", make_record(make_sound(1.0), *texts, order="fixed"))
 
 
 def test_a_document_stays_on_its_side_of_the_split(make):

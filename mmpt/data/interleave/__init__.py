@@ -4,6 +4,9 @@ Raw shards become raw shards of the same names. What becomes of a document depen
 its key alone, and its base key, which decides what is held out, stays. A document that fits no
 template (no sound with its text, say) is kept as it is and counted; one whose sound and text do not
 belong together is quarantined. Every template can be undone: `mmpt data interleave --restore`.
+
+Times of words are aligned (`mmpt.data.align`) unless the json has them: "words" of a text part is a
+[start, end] in seconds for each word, "start" and "end" of any part are its own.
 """
 
 import hashlib

@@ -14,7 +14,6 @@ that a template does not speak of come first where they may help, and last where
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,6 @@ from functools import cached_property
 import numpy as np
 
 from mmpt.config import UserError
-from mmpt.data.align import align
 from mmpt.data.interleave.cuts import (
     Entry,
     NoPairError,
@@ -33,9 +31,16 @@ from mmpt.data.interleave.cuts import (
     cut_text,
 )
 from mmpt.data.interleave.recipe import InterleaveRecipe
+from mmpt.data.interleave.words import (
+    CODE_SECONDS,
+    Pair,
+    find_pairs,
+    timed_texts,
+    when_heard,
+    word_ends,
+)
 from mmpt.parts import Audio, Image, Text, Video
 
-CODE_SECONDS = 0.08  # of one position of the speech codec
 # the vocabulary has no structure ids for these
 BEFORE, AFTER, BETWEEN = (
     {"type": "text", "text": mark} for mark in ("[before]", "[after]", "[between]")
@@ -68,35 +73,31 @@ class Tools:
 Template = Callable[[Original, Tools, np.random.Generator], list[Entry]]
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words (or captions) of text part `of`: its characters up to `end`, heard until `until` s."""
-
-    of: int
-    end: int
-    until: float
-
-
 def speech_text_spans(original: Original, tools: Tools, rng: np.random.Generator) -> list[Entry]:
     """Text whose runs of words, of Poisson lengths, are heard until `ratio` of all words are."""
-    sound, texts = _spoken(original)
-    words = _when(original, sound, texts, tools)
+    pairs = find_pairs(original)
+    if len(pairs) > 1:  # each is heard or read as a whole
+        number = sum(len(original.text(pair.texts[0]).split()) for pair in pairs)
+        heard = _choose(rng, len(pairs), number, tools.recipe)
+        parts = [_read_or_heard(original, *each) for each in zip(pairs, heard, strict=True)]
+        return original.whole(original.but(*_members(pairs))) + parts
+    [pair] = pairs
+    words = when_heard(original, pair, tools)
     if len(words) < 2:
         raise NoPairError("fewer than two words that can be told apart in the sound")
-    wanted = round(tools.recipe.ratio * len(words))
-    heard = _choose(rng, len(words), max(1, wanted), tools.recipe.mean_words)
-    said_how = list(zip(words, heard, strict=True))
+    number = sum(len(original.text(text).split()) for text in pair.texts)
+    marked = list(zip(words, _choose(rng, len(words), number, tools.recipe), strict=True))
     ends = [  # the last word of each run
         (word, is_heard)
-        for (word, is_heard), after in itertools.zip_longest(said_how, said_how[1:])
+        for (word, is_heard), after in itertools.zip_longest(marked, marked[1:])
         if after is None or (word.of, is_heard) != (after[0].of, after[1])
     ]
-    sounds = cut_sound(original, sound, [word.until for word, _ in ends[:-1]])
+    sounds = cut_sound(original, pair.sound, [word.until for word, _ in ends[:-1]])
     said: list[Entry] = []
-    for index in texts:
+    for index in pair.texts:
         places = [word.end for word, _ in ends if word.of == index]
         said += cut_text(original, index, places[:-1])
-    parts = original.whole(original.but(sound, *texts))
+    parts = original.whole(original.but(*_members(pairs)))
     for (_, is_heard), piece, text in zip(ends, sounds, said, strict=True):
         parts.append(beside(piece, text) if is_heard else beside(text, piece))
     return parts
@@ -107,33 +108,35 @@ def streaming(original: Original, tools: Tools, rng: np.random.Generator) -> lis
 
     Text is cut between ids of the text codec (and between characters), sound by its length.
     """
-    sound, texts = _spoken(original)
-    if len(texts) > 1:
-        raise NoPairError("several texts are said in one sound")
-    [text] = texts
-    size = CODE_SECONDS * tools.recipe.sound_codes
-    places = _id_places(tools, original.text(text))
-    seconds = [k * size for k in range(1, math.ceil(original.sound(sound).seconds / size))]
-    # the shorter one ends first, and the rest of the other is one piece
-    places = places[: len(seconds) + 1]
-    seconds = seconds[: len(places)]
-    pieces = itertools.zip_longest(
-        cut_text(original, text, places), cut_sound(original, sound, seconds)
-    )
-    first = original.whole(original.but(sound, text))
-    return first + [piece for pair in pieces for piece in pair if piece is not None]
+    pairs, size = find_pairs(original), CODE_SECONDS * tools.recipe.sound_codes
+    parts = original.whole(original.but(*_members(pairs)))
+    for pair in pairs:
+        if len(pair.texts) > 1:
+            raise NoPairError("several texts are said in one sound")
+        [text] = pair.texts
+        places = _id_places(tools, original.text(text))
+        seconds = original.sound(pair.sound).seconds
+        times = [k * size for k in range(1, math.ceil(seconds / size))]
+        # the shorter one ends first, and the rest of the other is one piece
+        places = places[: len(times) + 1]
+        sounds = cut_sound(original, pair.sound, times[: len(places)])
+        turns = itertools.zip_longest(cut_text(original, text, places), sounds)
+        parts += [piece for turn in turns for piece in turn if piece is not None]
+    return parts
 
 
 def recognition(original: Original, tools: Tools, rng: np.random.Generator) -> list[Entry]:
-    """Sound, then what it says, then the rest."""
-    sound, texts = _spoken(original)
-    return original.whole([sound, *texts, *original.but(sound, *texts)])
+    """Sound, then what it says; then the rest."""
+    pairs = find_pairs(original)
+    order = [index for pair in pairs for index in (pair.sound, *pair.texts)]
+    return original.whole([*order, *original.but(*order)])
 
 
 def synthesis(original: Original, tools: Tools, rng: np.random.Generator) -> list[Entry]:
-    """What a sound says, then the sound, then the rest."""
-    sound, texts = _spoken(original)
-    return original.whole([*texts, sound, *original.but(sound, *texts)])
+    """What a sound says, then the sound; then the rest."""
+    pairs = find_pairs(original)
+    order = [index for pair in pairs for index in (*pair.texts, pair.sound)]
+    return original.whole([*order, *original.but(*order)])
 
 
 def captions_before(original: Original, tools: Tools, rng: np.random.Generator) -> list[Entry]:
@@ -155,7 +158,7 @@ def frames_with_transcript(
 
     Of each piece the first frame is shown as a picture, or all of it (`frames` of the recipe).
     """
-    clips, texts = original.of_type(Video), _timed(original)
+    clips, texts = original.of_type(Video), timed_texts(original)
     if len(clips) != 1 or not texts:
         raise NoPairError("not one clip with texts that say when they begin")
     [clip] = clips
@@ -209,22 +212,6 @@ TEMPLATES: Mapping[str, Template] = {
 }
 
 
-def _spoken(original: Original) -> tuple[int, list[int]]:
-    """The number of the sound, and those of the texts that it says, in order.
-
-    Texts that say when they begin are what is said; else the only text is, or the first of views
-    of one idea.
-    """
-    sounds, texts, timed = original.of_type(Audio), original.of_type(Text), _timed(original)
-    if len(sounds) != 1:
-        raise NoPairError("not exactly one sound")
-    if not timed and len(texts) > 1 and original.document.order == "any":
-        texts = texts[:1]
-    if not timed and len(texts) != 1:
-        raise NoPairError("no text, or several, that a sound may say")
-    return sounds[0], timed or texts
-
-
 def _captioned(original: Original) -> tuple[list[int], list[int]]:
     texts, shown = original.of_type(Text), original.of_type(Image, Video)
     if not texts or not shown or original.document.order == "fixed":
@@ -232,62 +219,23 @@ def _captioned(original: Original) -> tuple[list[int], list[int]]:
     return texts, shown
 
 
-def _timed(original: Original) -> list[int]:
-    return [index for index in original.of_type(Text) if original.time(index)]
+def _members(pairs: Sequence[Pair]) -> list[int]:
+    return [index for pair in pairs for index in (pair.sound, *pair.texts)]
 
 
-def _when(original: Original, sound: int, texts: Sequence[int], tools: Tools) -> list[Words]:
-    """Words in order, each heard until the next begins; the last ones until the sound ends."""
-    heard = original.sound(sound)
-    begin = (original.time(sound) or (0.0, 0.0))[0]
-    if original.time(texts[0]):
-        ends = [(index, len(original.text(index))) for index in texts]
-        times = [original.time(index) or (0.0, 0.0) for index in texts]
-    else:
-        said = original.text(texts[0])
-        ends = [(texts[0], end) for end in _word_ends(said)]
-        times = original.record.parts[texts[0]].get("words")
-        if times is None:
-            found = align(tools.speech, heard, said, min_score=tools.recipe.min_score).words
-            times = [(start + begin, end + begin) for start, end in found]
-        _check_times(times, len(ends))
-    middles = [(end + start) / 2 - begin for (_, end), (start, _) in itertools.pairwise(times)]
-    until = [min(max(middle, 0.0), heard.seconds) for middle in middles] + [heard.seconds]
-    words = [Words(of, end, time) for (of, end), time in zip(ends, until, strict=True)]
-    return _join_short(words)
+def _read_or_heard(original: Original, pair: Pair, is_heard: bool) -> Entry:
+    [sound], texts = original.whole([pair.sound]), original.whole(pair.texts)
+    return beside(sound, texts[0]) if is_heard else beside(texts[0], sound)
 
 
-def _word_ends(text: str) -> list[int]:
-    """Where each word ends; white space belongs to the word behind it, as in ids of text."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    return [*ends[:-1], len(text)]
+def _choose(
+    rng: np.random.Generator, count: int, num_words: int, recipe: InterleaveRecipe
+) -> list[bool]:
+    """Which of `count` words (or captions of `num_words` in all) are heard.
 
-
-def _check_times(times: object, count: int) -> None:
-    pairs = times if isinstance(times, list | tuple) else []
-    numbers = [time for pair in pairs if isinstance(pair, list | tuple) for time in pair]
-    good = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not good or len(pairs) != count or len(numbers) != 2 * count:
-        raise UserError(f"bad json: words must be a [start, end] in seconds for each of {count}")
-
-
-def _join_short(words: Sequence[Words]) -> list[Words]:
-    """Words that are heard for less than a code are not told apart from those before them."""
-    joined: list[Words] = []
-    for word in words:
-        since = [0.0, *(other.until for other in joined), word.until][-3:]
-        short = min(b - a for a, b in itertools.pairwise(since)) < CODE_SECONDS
-        if joined and short and joined[-1].of == word.of:
-            joined.pop()
-        joined.append(word)
-    lengths = np.diff([0.0, *(word.until for word in joined)])
-    if lengths.min() <= 0:
-        raise UserError("bad times: a text has no sound; its start or end is wrong")
-    return joined
-
-
-def _choose(rng: np.random.Generator, count: int, wanted: int, mean: float) -> list[bool]:
-    """`wanted` of `count` in runs of Poisson lengths that do not overlap."""
+    Runs of Poisson lengths that do not overlap, until the share is reached.
+    """
+    wanted, mean = max(1, round(recipe.ratio * count)), recipe.mean_words * count / num_words
     chosen = np.zeros(count, dtype=bool)
     while left := wanted - int(chosen.sum()):
         length = int(np.clip(rng.poisson(mean), 1, left))
@@ -314,7 +262,7 @@ def _places(original: Original, index: int) -> Sequence[float]:
     part = original.document.parts[index]
     found: Sequence[float] = ()
     if isinstance(part, Text):
-        found = _word_ends(part.text)[:-1]
+        found = word_ends(part.text)[:-1]
     elif isinstance(part, Audio):
         found = [k * CODE_SECONDS for k in range(1, math.ceil(part.seconds / CODE_SECONDS))]
     elif isinstance(part, Video):
