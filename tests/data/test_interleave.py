@@ -397,7 +397,7 @@ def test_every_sample_is_interleaved_kept_or_quarantined(tmp_path):
 )
 def test_bad_word_times_are_refused(make, times):
     record = make_record(Text("a b"), {"words": times}, make_sound(2.0))
-    with pytest.raises(UserError, match="words must be a .start, end. in seconds for each of 2"):
+    with pytest.raises(UserError, match=r"words must be a .start, end. in seconds for each of 2"):
         make("speech-text-spans", record)
 
 

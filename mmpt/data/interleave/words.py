@@ -67,8 +67,8 @@ def timed_texts(original: Original) -> list[int]:
 def when_heard(original: Original, pair: Pair, tools: "Tools") -> list[Words]:
     """Words in order, each heard until the next begins; the last ones until the sound ends.
 
-    Several texts have times, and each is heard as a whole. Of a single one the times of the words are the json's "words"
-    ([start, end] in seconds for each), or those of an alignment.
+    Several texts have times, and each is heard as a whole. In a single one the words have the times
+    of the json's "words", or those of an alignment.
     """
     texts, heard = pair.texts, original.sound(pair.sound)
     begin = (original.time(pair.sound) or (0.0, 0.0))[0]
@@ -82,7 +82,8 @@ def when_heard(original: Original, pair: Pair, tools: "Tools") -> list[Words]:
         if times is None:
             found = align(tools.speech, heard, said, min_score=tools.recipe.min_score).words
             times = [(start + begin, end + begin) for start, end in found]
-        _check_times(times, len(ends))
+        else:
+            times = _parse_times(times, len(ends))
     middles = [(end + start) / 2 - begin for (_, end), (start, _) in itertools.pairwise(times)]
     until = [min(max(middle, 0.0), heard.seconds) for middle in middles] + [heard.seconds]
     words = [Words(of, end, time) for (of, end), time in zip(ends, until, strict=True)]
@@ -95,15 +96,16 @@ def word_ends(text: str) -> list[int]:
     return [*ends[:-1], len(text)]
 
 
-def _check_times(times: Any, count: int) -> None:
+def _parse_times(times: Any, count: int) -> list[list[float]]:
     try:
-        # what is ragged or no number raises; NaN and what is out of range compare as false
+        # what is ragged or no number raises; NaN compares as false
         found = np.asarray(times, dtype=np.float64)
         good = found.shape == (count, 2) and bool(((found >= 0) & (found <= MAX_TIME)).all())
     except (TypeError, ValueError, OverflowError):
         good = False
     if not good:
         raise UserError(f"bad json: words must be a [start, end] in seconds for each of {count}")
+    return found.tolist()
 
 
 def _join_short(words: Sequence[Words]) -> list[Words]:
