@@ -82,7 +82,9 @@ def _chances(codec: "SpeechCodec", sound: Audio) -> "Tensor":
     """Log likelihood of each class, float (1, steps, classes)."""
     import torch
 
-    with torch.inference_mode():
+    from mmpt.process import one_thread
+
+    with one_thread(), torch.inference_mode():
         codes = codec.encode(torch.from_numpy(sound.wave)[None].to(codec.device))
         logits = codec.spell(codec.quantizer.lookup(codes))
     return logits.float().log_softmax(-1).cpu()

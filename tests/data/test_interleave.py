@@ -175,6 +175,26 @@ def test_a_film_with_a_transcript_comes_back(make, tmp_path, frames):
     check_restored(tmp_path, make("frames-with-transcript", filmed(), frames=frames), filmed())
 
 
+@pytest.mark.parametrize("frames", ["pictures", "clips"])
+@pytest.mark.parametrize("starts", [[0.0], [0.0, 0.0], [1.0, 5.0], [0.0, 0.1, 0.2], [9.0, 8.0]])
+def test_a_film_whose_rate_only_its_file_knows_comes_back(make, tmp_path, frames, starts):
+    times = [x for t in starts for x in (Text(f"at {t}"), {"start": t, "end": t + 0.05})]
+    record = make_record(make_clip(17), *times)
+    record.parts[0].pop("fps")
+    [before] = through_shard(tmp_path, record)
+    made = make("frames-with-transcript", record, frames=frames)
+    [after] = through_shard(tmp_path, restore(made.record))
+    assert same_parts(after, before)
+    clips = [original.document.parts[0] for original in (before, after)]
+    assert clips[0].fps == clips[1].fps  # type: ignore[union-attr]
+
+
+def test_a_film_of_one_frame_stays_a_film(make):
+    record = make_record(make_clip(1), Text("now"), {"start": 0.0, "end": 1.0})
+    made = make("frames-with-transcript", record).document
+    assert [type(part) for part in made.parts] == [Video, Text]
+
+
 def test_what_is_not_cut_keeps_its_bytes(make):
     record = spoken("a b c", evenly(3))
     made = make("recognition", record).record
@@ -477,11 +497,19 @@ def test_a_shard_is_never_written_over(tmp_path):
         interleave([str(tmp_path / "x.tar")], out=tmp_path, template="synthesis")
 
 
-def test_a_codec_of_another_medium_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("template", "given", "why"),
+    [
+        ("streaming", "text=image-f8", "image-f8 is no tokenizer of text"),
+        ("speech-text-spans", "speech=text-2k", "text-2k does not spell"),
+        ("speech-text-spans", "speech=speach", "no tokenizer"),
+    ],
+)
+def test_a_codec_that_cannot_serve_is_refused_at_once(tmp_path, template, given, why):
     write_shard(tmp_path / "x.tar", [make_record(Text("a b"), make_sound(1.0))])
-    given = [str(tmp_path / "x.tar"), "text=image-f8"]
-    report = interleave(given, out=tmp_path / "out", template="streaming")
-    assert report["reasons"] == {"image-f8 is a image tokenizer; name a text one": 1}
+    with pytest.raises(UserError, match=why):
+        interleave([str(tmp_path / "x.tar"), given], out=tmp_path / "out", template=template)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def interleave_shards(
 ) -> InterleaveReport:
     """Write each shard anew into the folder `out`."""
     tools = Tools(recipe)
+    tools.check()
     return _rewrite(shards, Path(out), lambda original: interleave_document(original, tools))
 
 

@@ -150,6 +150,7 @@ def cut_clip(original: Original, index: int, places: Sequence[int]) -> list[Entr
     pieces = []
     for number, (first, last) in enumerate(itertools.pairwise([0, *places, len(clip.frames)])):
         content = _encoded(clip.frames[first:last], clip.fps) | {
+            "fps": clip.fps,
             "start": round(begin + first / clip.fps, 4),
             "end": round(begin + last / clip.fps, 4),
         }
@@ -159,9 +160,9 @@ def cut_clip(original: Original, index: int, places: Sequence[int]) -> list[Entr
 
 def beside(shown: Entry, hidden: Entry) -> Entry:
     """A part that is shown and carries another, which is not."""
-    times = {key: hidden[key] for key in ("start", "end") if key in hidden}
+    about = {key: hidden[key] for key in ("fps", "start", "end") if key in hidden}
     content = {key: hidden[key] for key in CONTENT if key in hidden}
-    return times | shown | content | {"twin": hidden["of"]}
+    return about | shown | content | {"twin": hidden["of"]}
 
 
 def restore(record: Record) -> Record:
@@ -194,8 +195,9 @@ def _joined(entries: Sequence[Entry], index: int, kept: Entry) -> Entry:
         sounds = [Audio.load(piece["data"]) for piece in pieces]
         data = _flac(np.concatenate([sound.wave for sound in sounds]), sounds[0].sample_rate)
         return kept | {"data": data, "suffix": "flac"}
-    clips = [Video.load(piece["data"], fps=kept.get("fps")) for piece in pieces]
-    return kept | _encoded(np.concatenate([clip.frames for clip in clips]), clips[0].fps)
+    fps = pieces[0]["fps"]
+    clips = [Video.load(piece["data"], fps=fps) for piece in pieces]
+    return kept | {"fps": fps} | _encoded(np.concatenate([clip.frames for clip in clips]), fps)
 
 
 def _paired(document: Document, sample: Sample) -> list[Entry]:

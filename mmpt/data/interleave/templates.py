@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -41,6 +42,10 @@ from mmpt.data.interleave.words import (
 )
 from mmpt.parts import Audio, Image, Text, Video
 
+if TYPE_CHECKING:
+    from mmpt.tokenizers.speech import SpeechCodec
+    from mmpt.tokenizers.text import TextCodec
+
 # the vocabulary has no structure ids for these
 BEFORE, AFTER, BETWEEN = (
     {"type": "text", "text": mark} for mark in ("[before]", "[after]", "[between]")
@@ -49,25 +54,37 @@ BEFORE, AFTER, BETWEEN = (
 
 @dataclass(frozen=True)
 class Tools:
-    """What templates use; a codec is opened when one needs it."""
+    """What templates use; a codec is opened when it is needed first."""
 
     recipe: InterleaveRecipe
 
+    def check(self) -> None:
+        """Open the codecs that the templates may need; raises UserError for what cannot serve."""
+        for template, codec in (("streaming", "text"), ("speech-text-spans", "speech")):
+            if self.recipe.templates.get(template):
+                getattr(self, codec)
+
     @cached_property
-    def text(self):
+    def text(self) -> "TextCodec":
         """The text codec."""
         from mmpt.tokenizers import load
         from mmpt.tokenizers.text import TextCodec
 
-        return _expect(load(self.recipe.text), TextCodec, self.recipe.text)
+        codec = load(self.recipe.text)
+        if not isinstance(codec, TextCodec):
+            raise UserError(f"text = {self.recipe.text} is no tokenizer of text; use text-2k")
+        return codec
 
     @cached_property
-    def speech(self):
+    def speech(self) -> "SpeechCodec":
         """The speech codec, whose spelling tells when words are said."""
         from mmpt.tokenizers import load
         from mmpt.tokenizers.speech import SpeechCodec
 
-        return _expect(load(self.recipe.speech), SpeechCodec, self.recipe.speech)
+        codec = load(self.recipe.speech)
+        if not isinstance(codec, SpeechCodec):
+            raise UserError(f"speech = {self.recipe.speech} does not spell; use speech-12hz")
+        return codec
 
 
 Template = Callable[[Original, Tools, np.random.Generator], list[Entry]]
@@ -166,7 +183,8 @@ def frames_with_transcript(
     assert isinstance(video, Video)
     begin = (original.time(clip) or (0.0, 0.0))[0]
     texts.sort(key=lambda index: original.time(index) or (0.0, 0.0))
-    count, pictures = len(video.frames), tools.recipe.frames == "pictures"
+    count = len(video.frames)
+    pictures = tools.recipe.frames == "pictures" and count > 1
     starts = [round(((original.time(i) or (0, 0))[0] - begin) * video.fps) for i in texts]
     # what is shown before the first words belongs to them
     edges = [0, *(min(max(start, 0), count) for start in starts[1:])]
@@ -176,7 +194,7 @@ def frames_with_transcript(
     for text, edge in zip(original.whole(texts), edges, strict=True):
         piece = pieces.pop(edge, None)  # none is left for words that begin in the same frame
         if piece and pictures:
-            piece = {k: v for k, v in piece.items() if k != "fps"} | {"type": "image"}
+            piece = piece | {"type": "image"}
             rest = pieces.pop(edge + 1, None) if edge + 1 not in edges else None
             text = beside(text, rest) if rest else text
         parts += [piece, text] if piece else [text]
@@ -268,9 +286,3 @@ def _places(original: Original, index: int) -> Sequence[float]:
     elif isinstance(part, Video):
         found = range(1, len(part.frames))
     return found if len(found) > 1 else ()
-
-
-def _expect(codec, kind: type, name: str):
-    if not isinstance(codec, kind):
-        raise UserError(f"{name} is a {codec.kind} tokenizer; name a {kind.kind} one")
-    return codec
