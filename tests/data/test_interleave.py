@@ -378,7 +378,7 @@ def test_every_sample_is_interleaved_kept_or_quarantined(tmp_path):
         spoken("a b c", evenly(3), key="good"),
         make_record(Text("no sound"), key="none"),
         spoken("a b c", evenly(2), key="times"),
-        make_record(Text("1984"), make_sound(1.0), key="misfit"),
+        make_record(Text("1984 2001"), make_sound(1.0), key="misfit"),
     ]
     write_shard(tmp_path / "in" / "x-train-0.tar", records)
     broken = (tmp_path / "in" / "x-train-0.tar").read_bytes()
@@ -419,6 +419,11 @@ def test_bad_word_times_are_refused(make, times):
     record = make_record(Text("a b"), {"words": times}, make_sound(2.0))
     with pytest.raises(UserError, match=r"words must be a .start, end. in seconds for each of 2"):
         make("speech-text-spans", record)
+
+
+def test_a_single_word_is_no_span_and_needs_no_alignment(make):
+    with pytest.raises(NoPairError, match="fewer than two words"):
+        make("speech-text-spans", make_record(Text("1984"), make_sound(1.0)))
 
 
 def test_captions_without_any_sound_are_refused(make):

@@ -99,10 +99,10 @@ def speech_text_spans(original: Original, tools: Tools, rng: np.random.Generator
         parts = [_read_or_heard(original, *each) for each in zip(pairs, heard, strict=True)]
         return original.whole(original.but(*_members(pairs))) + parts
     [pair] = pairs
-    words = when_heard(original, pair, tools)
+    number = sum(len(original.text(text).split()) for text in pair.texts)
+    words = when_heard(original, pair, tools) if number > 1 else []
     if len(words) < 2:
         raise NoPairError("fewer than two words that can be told apart in the sound")
-    number = sum(len(original.text(text).split()) for text in pair.texts)
     marked = list(zip(words, _choose(rng, len(words), number, tools.recipe), strict=True))
     ends = [  # the last word of each run
         (word, is_heard)
