@@ -51,6 +51,11 @@ VERBS = {
         "find every damaged sample of shards",
         "data/sampler/*.tar",
     ),
+    "data interleave": (
+        "mmpt.data.interleave:interleave",
+        "make documents in which media take turns",
+        "data/sampler/voices-*.tar --out build/turns --template speech-text-spans mean_words=3",
+    ),
     "tokenizer list": (
         "mmpt.tokenizers.evaluate:list_tokenizers",
         "list the shipped tokenizers",

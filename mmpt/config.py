@@ -24,20 +24,15 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what was given, what is needed, what to do."""
 
 
-def load_recipe(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Read a TOML recipe into the dataclass `cls`, then apply `key.sub=value` overrides."""
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}; give the path of a .toml file") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+def load_recipe(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
+    """Read a TOML recipe into the dataclass `cls`, then apply `key.sub=value` overrides.
+
+    path: None where the overrides say all.
+    """
+    data = {} if path is None else _read_toml(Path(path))
     for override in overrides:
         _set_override(data, override)
-    return from_dict(cls, data, where=path.name)
+    return from_dict(cls, data, where="recipe" if path is None else Path(path).name)
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "config") -> T:
@@ -86,6 +81,17 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another place") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}; give the path of a .toml file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

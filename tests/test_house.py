@@ -18,7 +18,7 @@ MIB = 1 << 20
 # imports point one way: a module imports from its own rank and from lower ones
 RANKS = (
     ("config", "vocab", "hub", "media", "sound", "parts", "stream", "doctor", "results", "process"),
-    ("tokenizers", "data", "processor"),
+    ("page", "tokenizers", "data", "processor"),
     ("model",),
     ("decode", "train"),
     ("eval",),

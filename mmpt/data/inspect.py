@@ -13,6 +13,7 @@ from mmpt.config import UserError
 from mmpt.data import sources
 from mmpt.data.indexed import samples_of
 from mmpt.data.remote import find_shards, local_copy
+from mmpt.data.render import write_page
 from mmpt.data.shards import Damage, Document, Quarantine, load_document
 from mmpt.parts import Audio, Image, Text, Video
 
@@ -53,8 +54,18 @@ def prepare(name: str, *, out: Path | None = None, cache: Path | None = None) ->
     }
 
 
-def inspect(shards: list[str], *, quarantine: Path | None = None) -> dict[str, Any]:
-    """Count samples, documents and media of raw shards; everything is decoded."""
+def inspect(
+    shards: list[str],
+    *,
+    quarantine: Path | None = None,
+    render: Path | None = None,
+    documents: int = 10,
+) -> dict[str, Any]:
+    """Count samples, documents and media of raw shards; everything is decoded.
+
+    --render FILE.html: a page that shows --documents of them, from all shards in turn, as a person
+    would read them: text, pictures, clips and sound in order, with their times.
+    """
     bad = Quarantine(quarantine)
     modalities: dict[str, Counter[str]] = {}
     sources_seen: Counter[str] = Counter()
@@ -67,6 +78,8 @@ def inspect(shards: list[str], *, quarantine: Path | None = None) -> dict[str, A
         row["bad_samples"] += bad.count
         num_samples += row["samples"]
         rows.append(row)
+    if render is not None:
+        write_page(render, [local_copy(shard) for shard in find_shards(shards)], documents)
     return {
         "shards": rows,
         "samples": num_samples,
@@ -78,6 +91,7 @@ def inspect(shards: list[str], *, quarantine: Path | None = None) -> dict[str, A
             name: {key: round(value, 3) for key, value in counts.items()}
             for name, counts in modalities.items()
         },
+        **({} if render is None else {"page": str(render)}),
     }
 
 

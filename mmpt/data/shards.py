@@ -9,14 +9,14 @@ samples (`KEY.png` beside `KEY.txt`) are documents too. Everything that cannot b
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from mmpt.config import UserError
 from mmpt.data.indexed import samples_of
+from mmpt.data.quarantine import Quarantine
 from mmpt.data.tars import Damage, Sample, read_samples
 from mmpt.media import MAX_FPS, video_bytes
 from mmpt.parts import Audio, Image, Part, Text, Video
@@ -36,6 +36,7 @@ __all__ = [
 
 Order = Literal["any", "fixed"]
 MEDIA_TYPES = {"image": Image, "video": Video, "audio": Audio}
+MAX_TIME = 1e7  # seconds of one document
 PLAIN_TEXT = ("txt", "cls", "json")
 PLAIN_MEDIA = {
     **dict.fromkeys(("png", "jpg", "jpeg", "webp"), "image"),
@@ -55,6 +56,8 @@ class Document:
 
     voices: who speaks in each audio part, "" where the shard does not say; empty: no word of it.
     mirror: whether its pictures and clips mean the same when left and right are swapped.
+    times: when each part begins and ends, in seconds of the document, None where the shard does
+    not say; empty: no word of it.
     """
 
     key: str
@@ -65,6 +68,7 @@ class Document:
     shard: str = ""
     voices: tuple[str, ...] = ()
     mirror: bool = True
+    times: tuple[tuple[float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Record:
     """A document whose media are encoded already: what `write_shard` writes byte for byte.
 
     A text part is `{"type": "text", "text": ...}`; a media part holds its bytes under "data" and
-    its format under "suffix"; all other keys (fps, voice, synthetic) go to the json as they are.
+    its format under "suffix"; all other keys (fps, voice, synthetic, start, end) go to the json as
+    they are, and so does `more`, beside the list of parts.
     """
 
     key: str
@@ -82,51 +87,7 @@ class Record:
     source: str
     license: str
     mirror: bool = True
-
-
-@dataclass
-class Quarantine:
-    """Counts what could not be used, and appends one JSON line for each to `path` (if given).
-
-    allowed: how many there may be; one more raises UserError. None: any number.
-    """
-
-    path: Path | None = None
-    allowed: int | None = None
-    count: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    lines: list[dict[str, Any]] = field(default_factory=list)  # the first MAX_LINES, for reports
-
-    MAX_LINES = 1000
-
-    def add(self, *, shard: str, offset: int, key: str, why: str) -> None:
-        """Record one unusable sample or damaged place."""
-        line = {"shard": shard, "offset": offset, "key": key, "why": why}
-        self.count += 1
-        self.reasons[why.partition(":")[0]] += 1
-        if len(self.lines) < self.MAX_LINES:
-            self.lines.append(line)
-        if self.path is not None:
-            self._append(json.dumps(line) + "\n")
-        if self.allowed is not None and self.count > self.allowed:
-            listed = f"; see {self.path}" if self.path else ""
-            raise UserError(
-                f"{shard}: {self.count} bad samples, {self.allowed} are tolerated (the last: {key} "
-                f"at byte {offset}: {why}){listed}"
-            )
-
-    def _append(self, text: str) -> None:
-        path = cast(Path, self.path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # one write of one line in append mode: lines of concurrent readers do not mix
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, text.encode())
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UserError(f"cannot write the quarantine file {path}: {error.strerror}") from None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_documents(paths: Iterable[str | Path], quarantine: Quarantine) -> Iterator[Document]:
@@ -227,6 +188,7 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         shard=sample.shard,
         voices=tuple(str(entry.get("voice", "")) for entry in parts if entry["type"] == "audio"),
         mirror=described.get("mirror") is not False,
+        times=_load_times(parts),
     )
 
 
@@ -247,6 +209,27 @@ def _load_part(sample: Sample, entry: Any) -> Part:
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
         raise UserError(f"bad json: fps must be a number above 0, not {fps!r}")
     return _load_media(kind, ref, sample.members[ref], fps=float(fps))
+
+
+def _load_times(entries: list[dict[str, Any]]) -> tuple[tuple[float, float] | None, ...]:
+    times = tuple(_load_time(entry.get("start"), entry.get("end")) for entry in entries)
+    return times if any(times) else ()
+
+
+def _load_time(start: Any, end: Any) -> tuple[float, float] | None:
+    if start is None and end is None:
+        return None
+    begin, stop = _seconds(start), _seconds(end)
+    if stop < begin:
+        raise UserError(f"bad json: a part ends at {end} s, before it starts at {start} s")
+    return begin, stop
+
+
+def _seconds(value: Any) -> float:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 <= value <= MAX_TIME:
+        raise UserError(f"bad json: a time is seconds from 0 to {MAX_TIME:.0e}, not {value!r:.99}")
+    return float(value)
 
 
 def _load_paired(sample: Sample) -> Document:
@@ -306,10 +289,12 @@ def _load_media(kind: str, name: str, data: bytes, **options: float) -> Part:
 
 
 def _encode_parts(document: Document) -> Iterator[dict[str, Any]]:
-    voices = iter(document.voices)
+    voices, times = iter(document.voices), iter(document.times)
     for part in document.parts:
         entry = _encode_part(part)
         voice = next(voices, "") if isinstance(part, Audio) else ""
+        time = next(times, None)
+        entry |= {"start": time[0], "end": time[1]} if time else {}
         yield entry | ({"voice": voice} if voice else {})
 
 
@@ -346,6 +331,7 @@ def _to_sample(record: Record) -> dict[str, Any]:
         "source": record.source,
         "license": record.license,
         **({} if record.mirror else {"mirror": False}),
+        **record.more,
     }
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":"))
     return {"__key__": record.key, "json": text.encode(), **media}

@@ -11,8 +11,10 @@ from string import Template
 
 from mmpt.config import write_atomic
 from mmpt.eval.page import sections
-from mmpt.eval.page.cells import Cell, has_media, output_kind, render_cell, row_width, row_words
-from mmpt.eval.page.markup import (
+from mmpt.eval.page.sections import NOTHING
+from mmpt.eval.page.verdicts import Row, beats, ratio, verdict
+from mmpt.page.cells import Cell, has_media, output_kind, render_cell, row_width, row_words
+from mmpt.page.markup import (
     MODALITIES,
     chip,
     duration,
@@ -23,8 +25,6 @@ from mmpt.eval.page.markup import (
     percent,
     tag,
 )
-from mmpt.eval.page.sections import NOTHING
-from mmpt.eval.page.verdicts import Row, beats, ratio, verdict
 
 HERO_CARDS = 4
 

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -68,6 +69,34 @@ def png_bytes(tmp_path: Path) -> bytes:
 def member_offsets(path: Path) -> dict[str, int]:
     with tarfile.open(path) as tar:
         return {member.name: member.offset for member in tar}
+
+
+def test_times_of_parts_are_kept(tmp_path):
+    times = ((0.0, 1.5), None, (1.5, 1.5), (2.0, 3.25))
+    write_shard(tmp_path / "a.tar", [replace(make_document(0), times=times), make_document(1)])
+    [timed, plain], _ = read_all(tmp_path / "a.tar")
+    assert timed.times == times
+    assert plain.times == ()
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {"start": 1},
+        {"end": 1},
+        {"start": 2, "end": 1},
+        {"start": -1, "end": 1},
+        {"start": "0", "end": 1},
+        {"start": True, "end": 1},
+        {"start": 0, "end": float("nan")},
+        {"start": 0, "end": 10**400},
+    ],
+)
+def test_times_that_are_none_are_refused(tmp_path, times):
+    described = describe({"type": "text", "text": "a"} | times)
+    documents, quarantine = read_all(write_tar(tmp_path / "a.tar", [("a.json", described)]))
+    assert documents == []
+    assert dict(quarantine.reasons) == {"bad json": 1}
 
 
 def test_documents_come_back_as_they_were_written(tmp_path):

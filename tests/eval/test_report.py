@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmpt.eval.page.cells import animation_uri, picture_uri, sound_uri, spectrogram
 from mmpt.eval.page.plots import Likelihood, likelihood_chart, ticks
 from mmpt.eval.report import Gallery, Report, Stage, render_report, write_report
+from mmpt.page.cells import animation_uri, picture_uri, sound_uri, spectrogram
 from mmpt.parts import Audio, Image, Text, Video
 
 VOID = {"meta", "img", "source", "br"}

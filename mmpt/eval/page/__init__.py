@@ -1,1 +1,1 @@
-"""The pieces of report.html: parts, charts, tables and judgements as HTML."""
+"""The pieces of report.html: charts, tables and judgements as HTML."""

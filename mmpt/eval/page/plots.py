@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmpt.eval.page.markup import DASH, MINUS, escape, finite, hue, number, percent, tag
+from mmpt.page.markup import DASH, MINUS, escape, finite, hue, number, percent, tag
 
 MAX_POINTS = 240  # of one drawn line
 DIAMOND = "M0-6L6 0L0 6L-6 0Z"

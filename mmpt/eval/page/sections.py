@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mmpt.eval.page import plots, shares
-from mmpt.eval.page.markup import (
+from mmpt.eval.page.plots import Likelihood, Reference
+from mmpt.eval.page.verdicts import Row, beats, bounds, plain_words, ratio, verdict
+from mmpt.page.markup import (
     DASH,
     MODALITIES,
     chip,
@@ -23,8 +25,6 @@ from mmpt.eval.page.markup import (
     tag,
     words,
 )
-from mmpt.eval.page.plots import Likelihood, Reference
-from mmpt.eval.page.verdicts import Row, beats, bounds, plain_words, ratio, verdict
 
 LOAD_STEPS = 20  # the last steps whose expert loads are summed
 GROUPS = {"visual": ("image", "video"), "all": MODALITIES}  # groups that serve several modalities

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mmpt.eval.page.markup import chip, hue, percent, tag
+from mmpt.page.markup import chip, hue, percent, tag
 
 HEAT_WIDTH, HEAT_HEIGHT, HEAT_LEFT, HEAT_TOP = 50, 30, 24, 18  # of heat maps, in pixels
 

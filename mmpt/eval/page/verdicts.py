@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmpt.eval.page.markup import DASH, chip, escape, finite, number, tag
+from mmpt.page.markup import DASH, chip, escape, finite, number, tag
 
 Row = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmpt.eval.page.markup import DASH, escape, number, tag
+from mmpt.page.markup import DASH, escape, number, tag
 from mmpt.parts import Audio, Image, Part, Text, Video
 
 Cell = Part | str | Sequence[Part | str] | None
@@ -30,12 +30,28 @@ def render_cell(cell: Cell, label: str, about: str) -> str:
     if not parts:
         content = tag("p", DASH, class_="missing", aria_label="none")
     elif len(parts) == 1:
-        content = _render(parts[0], alt)
+        content = render_part(parts[0], alt)
     else:
-        items = [tag("div", _render(part, alt), class_=f"item {_kind(part)}") for part in parts]
+        items = [tag("div", render_part(part, alt), class_=f"item {_kind(part)}") for part in parts]
         content = tag("div", *items, class_="flow")
     caption = tag("figcaption", escape(label)) if label else ""
     return tag("figure", caption, content, class_=f"cell {_cell_class(cell)}")
+
+
+def render_part(part: Part | str, alt: str) -> str:
+    """A part, or plain text, as HTML; `alt` says what it shows, for those who cannot see it."""
+    if isinstance(part, Image):
+        return _picture(picture_uri(part.pixels), part.pixels.shape[:2], alt or "picture")
+    if isinstance(part, Video):
+        return _animation(part, alt or "clip")
+    if isinstance(part, Audio):
+        return _player(part, alt or "sound")
+    text = part.text if isinstance(part, Text) else part
+    if not text:
+        return tag("p", "(empty)", class_="missing")
+    long = len(text) > 160  # scrolls, so it must take the focus of the keyboard
+    focus = {"tabindex": 0, "role": "group", "aria_label": alt or "text"} if long else {}
+    return tag("p", escape(text), class_="said", dir="auto", **focus)
 
 
 def has_media(row: Sequence[Cell]) -> bool:
@@ -158,21 +174,6 @@ def _kind(part: Part | str) -> str:
     if isinstance(part, Image | Video):
         return "picture"
     return "sound" if isinstance(part, Audio) else "words"
-
-
-def _render(part: Part | str, alt: str) -> str:
-    if isinstance(part, Image):
-        return _picture(picture_uri(part.pixels), part.pixels.shape[:2], alt or "picture")
-    if isinstance(part, Video):
-        return _animation(part, alt or "clip")
-    if isinstance(part, Audio):
-        return _player(part, alt or "sound")
-    text = part.text if isinstance(part, Text) else part
-    if not text:
-        return tag("p", "(empty)", class_="missing")
-    long = len(text) > 160  # scrolls, so it must take the focus of the keyboard
-    focus = {"tabindex": 0, "role": "group", "aria_label": alt or "text"} if long else {}
-    return tag("p", escape(text), class_="said", dir="auto", **focus)
 
 
 def _picture(uri: str, shape: tuple[int, ...], alt: str) -> str:
