@@ -44,10 +44,15 @@ def read_sound(source: Source) -> tuple[np.ndarray, int]:
 
 
 def sound_bytes(wave: np.ndarray, sample_rate: int, suffix: str = ".wav") -> bytes:
-    """A sound file of the format that the suffix names; WAV has 16 bits."""
+    """A sound file of the format that the suffix names; WAV and FLAC have 16 bits.
+
+    What was read from 16 bits is written as it was: libsndfile itself would scale by 32,767.
+    """
     import soundfile
 
     kind, buffer = suffix.lstrip(".") or "wav", io.BytesIO()
+    if kind in ("wav", "flac"):
+        wave = np.clip(np.rint(wave * 32_768), -32_768, 32_767).astype(np.int16)
     try:
         soundfile.write(buffer, wave, sample_rate, format=kind.upper())
     except (soundfile.LibsndfileError, ValueError, TypeError) as error:

@@ -359,6 +359,13 @@ def test_a_saved_sound_comes_back(tmp_path: Path, suffix: str) -> None:
     assert isinstance(part, Audio)
 
 
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_samples_of_16_bits_come_back_exactly(suffix: str) -> None:
+    wave = np.arange(-32_768, 32_768, dtype=np.float32) / 32_768
+    again = Audio.load(sound.sound_bytes(wave, 16_000, suffix)).wave
+    assert np.array_equal(again, wave)
+
+
 def test_channels_are_averaged() -> None:
     stereo = np.stack([tone(), -tone() / 2], axis=1)
     loaded = Audio.load(sound_file(stereo, 16_000, "WAV", "FLOAT"))

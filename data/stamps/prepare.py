@@ -3,6 +3,7 @@
 The package states GPL-2 for everything, so shards are built on request and never committed.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mmpt.config import UserError
 from mmpt.data import importers
 from mmpt.data.shards import Record
 from mmpt.parts import Audio
+
+log = logging.getLogger(__name__)
 
 LICENSE = "GPL-2"
 ATTRIBUTION = [
@@ -48,7 +51,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
         num_skipped += not description
     if not records:
         raise UserError(f"{root} holds no stamps; is the package complete?")
-    tqdm.write(f"stamps: {num_skipped} pictures without a description left out")
+    log.info("stamps: %d pictures without a description left out", num_skipped)
     return importers.write_split(records, out, "stamps")
 
 

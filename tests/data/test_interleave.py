@@ -59,8 +59,7 @@ def make_record(*parts: Part | dict, key: str = "k", order: Any = "any", **more:
         if isinstance(part, dict):
             entries[-1] |= part
         elif isinstance(part, Audio):  # not FLAC, so that what is cut can be told from what is not
-            exact = (part.wave * 32768).astype(np.int16)
-            data = sound_bytes(exact, part.sample_rate, ".wav")  # type: ignore[arg-type]
+            data = sound_bytes(part.wave, part.sample_rate, ".wav")
             entries.append({"type": "audio", "suffix": "wav", "data": data})
         else:
             entries += encode_document(Doc("", "", "any", [part])).parts

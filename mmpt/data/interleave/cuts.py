@@ -7,7 +7,6 @@ a piece of. So nothing is lost, and `restore` gives the parts back: what was not
 the frames of a cut clip without loss, a cut sound as 16-bit samples.
 """
 
-import io
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from mmpt.data.shards import (
     load_document,
 )
 from mmpt.parts import Audio, Image, Text, Video
+from mmpt.sound import sound_bytes
 
 NOTES = "interleaved"  # the key of a document's json that says how to restore it
 DESCRIBED = ("base", "order", "parts", "source", "license", "mirror")
@@ -131,7 +131,7 @@ def cut_sound(original: Original, index: int, places: Sequence[float]) -> list[E
     pieces = []
     for number, (first, last) in enumerate(itertools.pairwise(cuts)):
         content = {
-            "data": _flac(sound.wave[first:last], rate),
+            "data": sound_bytes(sound.wave[first:last], rate, ".flac"),
             "suffix": "flac",
             "start": round(begin + first / rate, 4),
             "end": round(begin + last / rate, 4),
@@ -193,7 +193,8 @@ def _joined(entries: Sequence[Entry], index: int, kept: Entry) -> Entry:
         return kept | {"data": pieces[0]["data"], "suffix": pieces[0]["suffix"]}
     if kept["type"] == "audio":
         sounds = [Audio.load(piece["data"]) for piece in pieces]
-        data = _flac(np.concatenate([sound.wave for sound in sounds]), sounds[0].sample_rate)
+        wave = np.concatenate([sound.wave for sound in sounds])
+        data = sound_bytes(wave, sounds[0].sample_rate, ".flac")
         return kept | {"data": data, "suffix": "flac"}
     fps = pieces[0]["fps"]
     clips = [Video.load(piece["data"], fps=fps) for piece in pieces]
@@ -219,13 +220,3 @@ def _encoded(frames: np.ndarray, fps: float) -> Entry:
     part = Video(frames, fps) if len(frames) > 1 else Image(frames[0])
     [entry] = encode_document(Document("", "", "fixed", [part])).parts
     return {key: value for key, value in entry.items() if key in CONTENT}
-
-
-def _flac(wave: np.ndarray, sample_rate: int) -> bytes:
-    """16-bit samples as they are: libsndfile scales floats by another factor when it writes."""
-    import soundfile
-
-    samples = np.clip(np.round(wave * 32768.0), -32768, 32767).astype(np.int16)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
