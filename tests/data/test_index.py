@@ -131,6 +131,31 @@ def test_whatever_happens_to_a_shard_what_is_whole_is_used_and_all_is_accounted_
     assert time.monotonic() - began < 60
 
 
+def test_a_shard_cut_at_any_block_gives_what_is_whole(tmp_path):
+    path = make_shard(tmp_path / "a.tar", 3)
+    save_index(build_index(path))
+    index, whole = load_index(path), path.read_bytes()
+    ends = (index.starts + index.sizes).tolist()
+    for cut in range(0, len(whole) + 1, 512):
+        path.write_bytes(whole[:cut])
+        found = list(read_indexed(index))
+        assert [type(item) for item in found] == [Sample if end <= cut else Damage for end in ends]
+        streamed = [item for item in read_samples(path) if isinstance(item, Sample)]
+        assert len(streamed) >= sum(end <= cut for end in ends)
+
+
+def test_very_many_empty_members_take_little_time_and_memory(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(20_000):
+            tar.addfile(tarfile.TarInfo(f"{number:06d}.txt"))
+    began = time.monotonic()
+    index = build_index(path)
+    assert len(index) == 20_000
+    assert sum(isinstance(item, Sample) for item in read_indexed(index)) == 20_000
+    assert time.monotonic() - began < 60
+
+
 def test_samples_that_moved_are_where_they_are_now(tmp_path):
     path = make_shard(tmp_path / "a.tar")
     save_index(build_index(path))
