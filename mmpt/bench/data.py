@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -22,11 +22,12 @@ import numpy as np
 from mmpt import hub
 from mmpt.bench.harness import Comparison, Row, compare
 from mmpt.bench.readers import (
-    ARRAYS,
     Reader,
+    documents_of,
     energon_name,
     energon_packer,
     has_energon,
+    map_rows,
     our_reader,
     peers,
 )
@@ -51,6 +52,7 @@ DOCUMENTS = 4000  # of the token shard
 BATCHES = 32  # that are timed together, for packers work in bursts
 STEPS = 12  # of training, after the first ones
 WARM_STEPS = 3
+MODEL = ("model.vocab_size=1",)  # in the tiny recipe; the vocabulary says how many
 MAX_WAIT = 1.0  # % of a step
 MAX_RESUME = 2.0  # seconds
 MAX_INDEX = 100.0  # bytes a document
@@ -93,18 +95,17 @@ def copy_sampler(folder: Path) -> list[Path]:
 def write_pairs(folder: Path) -> list[Path]:
     """The sampler's pictures as plain pairs, KEY.png beside KEY.txt, in two shards."""
     shards = [shard for shard in sampler_shards("train") if shard.name.startswith("emoji")]
-    documents = islice(read_documents(shards, Quarantine(allowed=0)), PAIRS)
-    samples = [
+    samples = (
         {"__key__": document.key, "png": picture_bytes(part.pixels), "txt": text.text.encode()}
-        for document in documents
+        for document in read_documents(shards, Quarantine(allowed=0))
         for part in document.parts
         if isinstance(part, Image)
         for text in document.parts[:1]
         if isinstance(text, Text)
-    ]
-    halves = (samples[::2], samples[1::2])
-    for number, half in enumerate(halves):
-        write_samples(folder / f"pairs-{number:04d}.tar", half)
+    )
+    chosen = list(islice(samples, PAIRS))
+    for number in range(2):
+        write_samples(folder / f"pairs-{number:04d}.tar", chosen[number::2])
     return [_indexed(shard) for shard in sorted(folder.glob("*.tar"))]
 
 
@@ -194,7 +195,7 @@ def _segments(rng: np.random.Generator) -> Iterator[Segment]:
 def _token_rows(folder: Path, config: DataConfig, vocabulary: Vocabulary) -> Iterator[Row]:
     loader = Loader(config, vocabulary, seed=0)
     ours = partial(_take, loader)
-    mapped = map_rows(folder / "rows", Loader(config, vocabulary, seed=0))
+    mapped = map_rows(folder / "rows", list(map(vars, islice(loader, BATCHES))))
     number = BATCHES * config.rows
     case = f"rows of {config.length} ids"
     result = compare(ours, partial(_take, mapped))
@@ -214,40 +215,16 @@ def _token_rows(folder: Path, config: DataConfig, vocabulary: Vocabulary) -> Ite
     )
     once = replace(config, sources={"bench": replace(config.sources["bench"], max_epochs=1.0)})
     expected = [
-        array for rows in Loader(once, vocabulary, seed=0) for array in _documents(vars(rows))
+        array for rows in Loader(once, vocabulary, seed=0) for array in documents_of(vars(rows))
     ]
-    theirs = [array for rows in read(repeat=False) for array in _documents(rows)]
+    theirs = [array for rows in read(repeat=False) for array in documents_of(rows)]
     _show_equal(f"{case}, {energon_name()}", sorted(expected), sorted(theirs))
     result = compare(ours, partial(_take, read(repeat=True)))
     yield _rate_row(f"{case}, packed", result, "rows/s", number, energon_name())
 
 
-def map_rows(folder: Path, loader: Loader) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of rows that lie ready in files, one for each array, in random order."""
-    folder.mkdir()
-    batches = [vars(rows) for rows in islice(loader, BATCHES)]
-    arrays = {}
-    for name in ARRAYS:
-        np.save(folder / f"{name}.npy", np.concatenate([batch[name] for batch in batches]))
-        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
-    rng, size = np.random.default_rng(0), loader.config.rows
-    while True:
-        order = rng.permutation(len(arrays["ids"])).reshape(-1, size)
-        yield from ({name: array[rows] for name, array in arrays.items()} for rows in order)
-
-
 def _take(batches: Iterator[Any]) -> None:
     deque(islice(batches, BATCHES), maxlen=0)
-
-
-def _documents(arrays: Mapping[str, Any]) -> Iterator[bytes]:
-    """The documents of a batch with all that rows say of them."""
-    for row in range(len(arrays["ids"])):
-        parts = {name: np.asarray(arrays[name][row]) for name in ARRAYS}
-        document = parts.pop("document")
-        for number in range(document.max() + 1):
-            chosen = document == number
-            yield b"".join(part[chosen].tobytes() for part in parts.values())
 
 
 # resuming, and waiting

@@ -1,13 +1,14 @@
-"""Ours, webdataset's and Energon's ways to read the same shards, for `mmpt bench data`.
+"""Ours, webdataset's and Energon's ways to read the same data, for `mmpt bench data`.
 
 Each is used as its documentation has it, at its fastest settings: in one process, in file order,
 without shuffling. A peer that is not installed is left out, and the log says so.
 """
 
+import importlib
 import logging
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -77,11 +78,11 @@ def peers(shards: Sequence[Path], *, decode: bool) -> Iterator[Reader]:
 
 
 def _webdataset(shards: Sequence[Path], *, decode: bool) -> Reader:
-    import webdataset
+    from webdataset.compat import WebDataset
 
     def read() -> Iterator[Any]:
-        dataset = webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False)
-        return iter(dataset.decode("rgb8") if decode else dataset)
+        dataset: Any = WebDataset([str(shard) for shard in shards], shardshuffle=False)
+        yield from dataset.decode("rgb8") if decode else dataset
 
     return Reader(f"webdataset {version('webdataset')}", read, _plain_view)
 
@@ -91,17 +92,47 @@ def _plain_view(item: Any) -> tuple[str, dict[str, Any]]:
     return item["__key__"], members
 
 
+# rows
+
+
+def map_rows(folder: Path, batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of rows that lie ready in files, one for each array, in random order."""
+    folder.mkdir()
+    arrays = {}
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", np.concatenate([batch[name] for batch in batches]))
+        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+    rng, size = np.random.default_rng(0), len(batches[0]["ids"])
+    while True:
+        order = rng.permutation(len(arrays["ids"])).reshape(-1, size)
+        yield from ({name: array[rows] for name, array in arrays.items()} for rows in order)
+
+
+def documents_of(arrays: Mapping[str, Any]) -> Iterator[bytes]:
+    """The documents of a batch with all that rows say of them."""
+    for row in range(len(arrays["ids"])):
+        parts = {name: np.asarray(arrays[name][row]) for name in ARRAYS}
+        document = parts.pop("document")
+        for number in range(document.max() + 1):
+            chosen = document == number
+            yield b"".join(part[chosen].tobytes() for part in parts.values())
+
+
 # Energon
 
 
 def has_energon() -> bool:
     """Whether it can be imported; says so where it cannot."""
     try:
-        import megatron.energon  # noqa: F401
+        _module()
     except ImportError:
         log.warning("no megatron-energon here, its rows are left out: pip install 'mmpt[bench]'")
         return False
     return True
+
+
+def _module(name: str = "") -> Any:
+    return importlib.import_module(f"megatron.energon{name}")
 
 
 def energon_name() -> str:
@@ -110,7 +141,7 @@ def energon_name() -> str:
 
 
 def _energon(shards: Sequence[Path], *, decode: bool) -> Reader:
-    from megatron import energon
+    energon = _module()
 
     class Plain(energon.DefaultTaskEncoder):
         decoder = energon.SampleDecoder(image_decode="rgb8") if decode else None
@@ -129,7 +160,7 @@ def energon_packer(
     It gets the documents laid out already, one small member each, and the same best-fit search over
     a buffer of the same size. The last batch is dropped where it is not whole.
     """
-    from megatron import energon
+    energon = _module()
 
     class Packing(energon.DefaultTaskEncoder):
         decoder = None
@@ -159,19 +190,16 @@ def energon_packer(
 
 def _prepare(shards: Sequence[Path]) -> None:
     """Write Energon's own index beside shards of one folder."""
-    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
-
     folder, names = shards[0].parent, [shard.name for shard in shards]
+    prepare = _module(".flavors.webdataset.prepare").WebdatasetPreparator.prepare_dataset
     with redirect_stdout(sys.stderr):  # it prints what it does
-        WebdatasetPreparator.prepare_dataset(
-            folder, names, split_parts_ratio=[("train", 1.0)], workers=1, shuffle_seed=None
-        )
+        prepare(folder, names, split_parts_ratio=[("train", 1.0)], workers=1, shuffle_seed=None)
     kind = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
     (folder / ".nv-meta" / "dataset.yaml").write_text(kind)
 
 
 def _loader(folder: Path, encoder: Any, rows: int | None, **options: Any) -> Any:
-    from megatron import energon
+    energon = _module()
 
     settings = {
         "worker_config": energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
