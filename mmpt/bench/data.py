@@ -60,7 +60,7 @@ READ = (10_000, 10_000_000)  # documents before a resume
 
 
 def data(device: str) -> list[Row]:
-    """All rows; `device` is where the model trains that data may let wait."""
+    """All rows; `device` is where a model trains while it is measured how long it waits for rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for row in _rows(Path(folder), device):
@@ -139,7 +139,7 @@ def _digest(sample: tuple[str, dict[str, Any]]) -> bytes:
 
 def _show_equal(case: str, ours: list[bytes], peer: list[bytes]) -> None:
     if ours != peer:
-        same = len((Counter(ours) & Counter(peer)).keys())
+        same = (Counter(ours) & Counter(peer)).total()
         raise RuntimeError(f"{case}: {same} of {len(ours)} are equal; it has {len(peer)}")
 
 
