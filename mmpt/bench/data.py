@@ -60,7 +60,7 @@ READ = (10_000, 10_000_000)  # documents before a resume
 
 
 def data(device: str) -> list[Row]:
-    """All rows; `device` is where a model trains while it is measured how long it waits for rows."""
+    """All rows; on `device` a model trains, to see how long it waits for rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for row in _rows(Path(folder), device):
