@@ -6,15 +6,21 @@ from typing import Any
 from mmpt.config import UserError
 
 # name -> module:function, which takes a device and returns rows
-BENCHMARKS = {"codecs": "mmpt.bench.codecs:codecs", "streams": "mmpt.bench.streams:streams"}
+BENCHMARKS = {
+    "codecs": "mmpt.bench.codecs:codecs",
+    "data": "mmpt.bench.data:data",
+    "streams": "mmpt.bench.streams:streams",
+}
 
 
 def bench(name: str, *, device: str = "cpu") -> dict[str, Any]:
-    """Measure NAME beside its peers or limits, in one run on this machine: codecs or streams.
+    """Measure NAME beside its peers or limits, in one run on this machine: codecs, data or streams.
 
-    A row's ratio above 1 means that ours is better. codecs: outputs are shown equal before anything
-    is timed; the peer runs at its fastest settings; needs: pip install 'mmpt[test]'. streams: an
-    hour of sound, a second at a time, must not take more memory than a minute; some minutes.
+    A row's ratio above 1 means that ours is better; outputs are shown equal before anything is
+    timed, and peers run at their fastest settings. codecs: needs pip install 'mmpt[test]'. data:
+    reading, packing, waiting and resuming, beside webdataset, and beside Energon where it is: pip
+    install 'mmpt[bench]'. streams: an hour of sound, a second at a time, must not take more memory
+    than a minute; some minutes.
     """
     if name not in BENCHMARKS:
         raise UserError(f"no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")
