@@ -17,6 +17,7 @@ from mmpt.config import UserError, write_atomic
 from mmpt.data.curate import media, text
 from mmpt.data.curate.columns import ANNOTATED, arrow_schema
 from mmpt.data.curate.evaluations import Evaluations, fingerprint, overlap
+from mmpt.data.index import index_path
 from mmpt.data.indexed import samples_of
 from mmpt.data.remote import is_remote, local_copy, version_of
 from mmpt.data.shards import Damage, Document, is_heldout, load_document
@@ -135,8 +136,9 @@ def _version(shard: str) -> str:
     """Size and time of a local shard: reading terabytes to hash them would not take seconds."""
     if is_remote(shard):
         return version_of(shard)
-    found = Path(shard).stat()
-    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
+    # an index tells more about damage: with another one the shard is read again
+    files = [path for path in (Path(shard), index_path(shard)) if path.exists()]
+    return ", ".join(f"{s.st_size} bytes {s.st_mtime_ns} ns" for s in map(Path.stat, files))
 
 
 def _state_of(path: Path) -> str | None:

@@ -44,7 +44,7 @@ ANNOTATED: Columns = {
     "picture_side": ("INTEGER", "pixels of the shortest side of its pictures"),
     "picture_aspect": ("DOUBLE", "longer side by shorter side, the largest of its pictures"),
     "picture_blur": ("DOUBLE", "variance of the Laplacian, the smallest: low is blurred"),
-    "picture_hashes": ("UBIGINT[]", "perceptual hash of each picture"),
+    "picture_hashes": ("UBIGINT[]", "perceptual hash of each picture, which sees no colours"),
     "sound_seconds": ("DOUBLE", "duration of its sounds"),
     "voice": ("DOUBLE", "share of its sounds in which someone speaks"),
     "clipped": ("DOUBLE", "share of samples at full scale"),

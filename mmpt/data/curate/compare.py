@@ -46,10 +46,11 @@ create table hashes as
 select row_number() over (order by hash) - 1 as number, hash
 from (select distinct unnest(picture_hashes) as hash from documents)
 """
-# of k + 1 bands of bits, two hashes that differ in k bits share one
+# of k + 1 bands of bits ($2), two hashes that differ in k bits ($1) share at least one
 PICTURE_EDGES = """
 with bands as (
-    select number, hash, band, hash >> (band * 64 // $2) & (1::ubigint << (64 // $2)) - 1 as value
+    select number, hash, band,
+        (hash >> (band * (64 // $2))::ubigint) & ((1::ubigint << (64 // $2)::ubigint) - 1) as value
     from hashes, range($2) as bands(band)
 )
 select distinct x.number as a, y.number as b
@@ -91,19 +92,25 @@ def compare_documents(tasks: Sequence[Task], path: Path, recipe: CurateRecipe) -
     state = json.dumps(made_of).encode()
     if path.is_file() and (pq.read_schema(path).metadata or {}).get(STATE) == state:
         return
-    with duckdb.connect() as base:
+    # what does not fit into memory goes there, not beside what the user does
+    with duckdb.connect(config={"temp_directory": str(path.parent / "spill")}) as base:
         base.register("annotations", ds.dataset([str(task.path) for task in tasks]))
         base.execute(DOCUMENTS)
         base.execute(TEXT_COPIES)
         base.execute(HASHES)
         edges = base.execute(NEAR_EDGES, [recipe.near_similarity]).fetchnumpy()
         base.register("near_clusters", _clusters(edges, _count(base, "documents")))
-        edges = base.execute(PICTURE_EDGES, [recipe.picture_bits, recipe.picture_bits + 1])
-        base.register("picture_clusters", _clusters(edges.fetchnumpy(), _count(base, "hashes")))
+        edges = picture_edges(base, recipe.picture_bits)
+        base.register("picture_clusters", _clusters(edges, _count(base, "hashes")))
         table = base.sql(RESULT).to_arrow_table()
     buffer = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({STATE: state}), buffer, compression="zstd")
     write_atomic(path, buffer.getvalue().to_pybytes())
+
+
+def picture_edges(base: Any, bits: int) -> dict[str, np.ndarray]:
+    """Pairs a < b of the table `hashes` that differ in at most so many bits."""
+    return base.execute(PICTURE_EDGES, [bits, max(2, bits + 1)]).fetchnumpy()
 
 
 def _count(base: Any, table: str) -> int:

@@ -5,6 +5,7 @@ whole: with short documents, and with short lines of text files.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mmpt.data.curate.text import grams, hash_words, words_of
 from mmpt.data.remote import find_shards, local_copy
 from mmpt.data.shards import Quarantine, read_documents
 from mmpt.parts import Text
+
+log = logging.getLogger(__name__)
 
 LENGTH = 13  # words
 
@@ -59,11 +62,11 @@ def fingerprint(evaluations: Evaluations) -> str:
 
 def _texts(path: str) -> Iterator[str]:
     if not path.endswith(".txt"):
-        for shard in find_shards([path]):
-            for document in read_documents([local_copy(shard)], Quarantine()):
-                for part in document.parts:
-                    if isinstance(part, Text):
-                        yield part.text
+        bad = Quarantine()
+        for document in read_documents(map(local_copy, find_shards([path])), bad):
+            yield from (part.text for part in document.parts if isinstance(part, Text))
+        if bad.count:
+            log.warning("%s: %d bad samples are compared with nothing", path, bad.count)
         return
     try:
         text = Path(path).read_text()

