@@ -65,13 +65,10 @@ def annotate_shard(evaluations: Evaluations, task: Task, report: Callable[[int],
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mmpt.process import one_thread
-
     rows = []
-    with one_thread():
-        for row in _rows(task.shard, evaluations):
-            rows.append(row)
-            report(1)
+    for row in _rows(task.shard, evaluations):
+        rows.append(row)
+        report(1)
     schema = arrow_schema(ANNOTATED).with_metadata({STATE: task.state.encode()})
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")

@@ -60,8 +60,10 @@ def voiced_seconds(sound: Audio) -> float:
     import torch
     from silero_vad import get_speech_timestamps
 
-    wave = torch.from_numpy(sound.resample(VOICE_RATE).wave)
-    with torch.inference_mode():
+    from mmpt.process import one_thread
+
+    with torch.inference_mode(), one_thread():
+        wave = torch.from_numpy(sound.resample(VOICE_RATE).wave)
         runs = get_speech_timestamps(wave, _voice_detector(), sampling_rate=VOICE_RATE)
     return min(sound.seconds, sum(run["end"] - run["start"] for run in runs) / VOICE_RATE)
 
