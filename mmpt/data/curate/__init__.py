@@ -108,7 +108,7 @@ def curate_shards(
                 | ({"also": row["why"][1:]} if row["why"][1:] else {})
             )
         else:
-            used[row["shard"]].add(row["offset"])
+            used[row["shard"]].add(row["number"])
     report.used = sum(map(len, used.values()))
     _write_lines(out / "filtered.jsonl", filtered)
     _write_lines(out / "quarantine.jsonl", quarantined)
@@ -134,17 +134,18 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _write_shards(used: dict[str, set[int]], out: Path) -> list[Path]:
     """Copy what is used, byte by byte; a shard of which nothing is used is not there."""
     paths = []
-    for shard, offsets in tqdm(used.items(), desc="write", unit="shard"):
+    for shard, numbers in tqdm(used.items(), desc="write", unit="shard"):
         path = out / Path(shard).name
         path.unlink(missing_ok=True)  # of an earlier run
-        if not offsets:
+        if not numbers:
             continue
-        items = samples_of(local_copy(shard))
-        kept = (s for s in items if isinstance(s, Sample) and s.offset in offsets)
+        items = enumerate(samples_of(local_copy(shard)))
+        kept = (s for number, s in items if number in numbers and isinstance(s, Sample))
         count = write_samples(path, ({"__key__": s.key, **s.members} for s in kept))
-        if count != len(offsets):
+        if count != len(numbers):
+            path.unlink()
             raise UserError(
-                f"{shard} has {count} of the {len(offsets)} documents that were annotated; it was "
+                f"{shard} has {count} of the {len(numbers)} documents that were annotated; it was "
                 "changed meanwhile: run the same command again"
             )
         paths.append(path)

@@ -101,8 +101,9 @@ def annotate_document(document: Document, evaluations: Evaluations) -> dict[str,
 
 
 def _rows(shard: str, evaluations: Evaluations) -> Iterator[dict[str, Any]]:
-    for item in samples_of(local_copy(shard)):
-        row: dict[str, Any] = {"shard": shard, "offset": item.offset, "key": item.key}
+    for number, item in enumerate(samples_of(local_copy(shard))):
+        row: dict[str, Any] = {"shard": shard, "number": number}
+        row |= {"offset": item.offset, "key": item.key}
         if isinstance(item, Damage):
             yield row | {"problem": item.why}
             continue

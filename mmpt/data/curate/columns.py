@@ -10,6 +10,7 @@ Columns = dict[str, tuple[str, str]]  # name -> (type of DuckDB, meaning)
 
 ANNOTATED: Columns = {
     "shard": ("VARCHAR", "path of its shard"),
+    "number": ("BIGINT", "its place among what was read of the shard, from 0"),
     "offset": ("BIGINT", "byte of the shard at which it begins"),
     "key": ("VARCHAR", "its name"),
     "base": ("VARCHAR", "key of the idea it shows; decides what is held out"),
@@ -59,7 +60,7 @@ COMPARED: Columns = {
 }
 DRAWN: Columns = {"draw": ("DOUBLE", "a number from 0 to 1 by the seed and its key")}
 COLUMNS = ANNOTATED | COMPARED | DRAWN
-PLACE = {"shard", "offset"}
+PLACE = {"shard", "number"}
 
 
 def arrow_schema(columns: Columns) -> Any:

@@ -18,7 +18,7 @@ from mmpt.data.curate.recipe import BANDS, NUM_HASHES, ROWS, CurateRecipe
 
 DOCUMENTS = """
 create table documents as
-select row_number() over (order by heldout desc, shard, "offset") - 1 as id, shard, "offset",
+select row_number() over (order by heldout desc, shard, number) - 1 as id, shard, number,
     text_hash, text_minhash, picture_hashes
 from annotations where problem is null
 """
@@ -43,18 +43,18 @@ where a < b and len(list_filter(list_zip(x.text_minhash, y.text_minhash), lambda
 """
 HASHES = """
 create table hashes as
-select row_number() over (order by hash) - 1 as number, hash
+select row_number() over (order by hash) - 1 as member, hash
 from (select distinct unnest(picture_hashes) as hash from documents)
 """
 # of k + 1 bands of bits ($2), two hashes that differ in k bits ($1) share at least one
 PICTURE_EDGES = """
 with bands as (
-    select number, hash, band,
+    select member, hash, band,
         (hash >> (band * (64 // $2))::ubigint) & ((1::ubigint << (64 // $2)::ubigint) - 1) as value
     from hashes, range($2) as bands(band)
 )
-select distinct x.number as a, y.number as b
-from bands x join bands y on x.band = y.band and x.value = y.value and x.number < y.number
+select distinct x.member as a, y.member as b
+from bands x join bands y on x.band = y.band and x.value = y.value and x.member < y.member
 where bit_count(xor(x.hash, y.hash)) <= $1
 """
 RESULT = """
@@ -69,15 +69,15 @@ with near as (
     )
 ), shown as (
     select id, place, cluster, min(id) over (partition by cluster) as first_shown
-    from pictures join hashes using (hash) join picture_clusters on member = number
+    from pictures join hashes using (hash) join picture_clusters using (member)
 ), seen as (
     select id, min(cluster) filter (place = 1) as picture_cluster,
         count(*) filter (first_shown < id) as pictures_seen
     from shown group by id
 )
-select shard, "offset", text_copy, cluster as near_cluster, near_copy, picture_cluster,
+select shard, number, text_copy, cluster as near_cluster, near_copy, picture_cluster,
     pictures_seen
-from documents left join near using (id) left join seen using (id) order by shard, "offset"
+from documents left join near using (id) left join seen using (id) order by shard, number
 """
 
 

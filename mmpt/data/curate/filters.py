@@ -4,6 +4,8 @@ DuckDB evaluates them over the parquet files. It may read nothing else: no files
 variables of this program; and an expression is one expression, not a statement.
 """
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,9 @@ LOCK = (
 # the draw is that of a key, so that it does not move with the other documents
 DOCUMENTS = """
 select *, md5_number_lower('{seed} ' || key) / 18446744073709551616.0 as draw
-from annotations left join compared using (shard, "offset")
+from annotations left join compared using (shard, number)
 """
-REPORTED = ("shard", "offset", "key", "problem", "excerpt")
+REPORTED = ("shard", "number", "offset", "key", "problem", "excerpt")
 ROWS = 10_000  # that are judged at once
 
 
@@ -44,7 +46,7 @@ def judge(
 ) -> Iterator[dict[str, Any]]:
     """Every row of the annotations in the order of shards: its place, and what each filter says.
 
-    shard, offset, key, problem and excerpt are those of the annotations; "why" lists the names of
+    The columns REPORTED are those of the annotations; "why" lists the names of
     the filters that are true, in their order.
     """
     import duckdb
@@ -83,17 +85,23 @@ def _judged(documents: Any, filters: Mapping[str, str]) -> Any:
             [kind] = documents.select(judged).types
             documents.select(*columns, judged.alias(name))
         except duckdb.Error as error:
-            raise UserError(
-                f"filters.{name} = {expression!r}: {_first_line(error)}; columns are "
-                f"{', '.join(COLUMNS)}"
-            ) from None
+            why = f"{_first_line(error)}{_nearest_column(str(error))}"
+            raise UserError(f"filters.{name} = {expression!r}: {why}") from None
         if str(kind) != "BOOLEAN":
             raise UserError(
                 f"filters.{name} = {expression!r} is of type {kind}; write a condition, such as "
                 "text_chars < 20"
             )
         columns.append(judged.alias(f"filter {name}"))
-    return documents.select(*columns).order('shard, "offset"')
+    return documents.select(*columns).order("shard, number")
+
+
+def _nearest_column(message: str) -> str:
+    unknown = re.search(r'Referenced column "(.+?)"', message)
+    if unknown is None:
+        return ""
+    near = difflib.get_close_matches(unknown[1], COLUMNS, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" Columns are {', '.join(COLUMNS)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ def test_pictures_within_so_many_bits_are_all_found(bits):
         hashes = np.concatenate([hashes, near])
     hashes = np.unique(np.append(hashes, np.array([0, 2**64 - 1], np.uint64)))
     with duckdb.connect() as base:
-        table = pa.table({"number": np.arange(len(hashes)), "hash": hashes})
+        table = pa.table({"member": np.arange(len(hashes)), "hash": hashes})
         base.register("hashes", table)
         found = picture_edges(base, bits)
     distance = np.bitwise_count(hashes[:, None] ^ hashes[None])

@@ -192,7 +192,8 @@ def annotations(out: Path, name: str) -> list[dict]:
     ("expression", "says"),
     [
         ("text_chars <", "syntax error"),
-        ("no_such_column < 2", "no_such_column"),
+        ("no_such_thing < 2", "Columns are shard, number"),
+        ("text_char < 2", "Did you mean text_chars?"),
         ("text_chars", "condition"),
         ("count(*) > 1", "filters.it"),
         ("true) from documents; copy documents to 'x.csv' --", "syntax error"),
