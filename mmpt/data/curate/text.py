@@ -18,8 +18,9 @@ from mmpt.data.curate.recipe import NUM_HASHES
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+ELLIPSIS = "\u2026"
 BULLETS = ("*", "-", "\u2013", "\u2022", "\u2023", "\u25e6")
-ENDS = (".", "!", "?", '"', "'", "\u2019", "\u201d", "\u2026", "\u3002", "\uff01", "\uff1f")
+ENDS = (".", "!", "?", '"', "'", "\u2019", "\u201d", ELLIPSIS, "\u3002", "\uff01", "\uff1f")
 SHINGLE = 5  # words
 LANGUAGE_CHARS = 2000  # enough to tell a language
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a hash is lost
@@ -62,10 +63,11 @@ def annotate_text(text: str, words: list[str], hashes: np.ndarray) -> dict[str, 
         **_language(text),
         "word_chars": float(lengths.mean()) if words else None,
         "stop_words": len(STOP_WORDS.intersection(words)),
-        "symbols": (text.count("#") + text.count("...") + text.count("…")) / max(1, len(words)),
+        "symbols": (text.count("#") + text.count("...") + text.count(ELLIPSIS))
+        / max(1, len(words)),
         "alphabetic": _share(any(map(str.isalpha, word)) for word in words),
         "bullets": _share(line.startswith(BULLETS) for line in lines),
-        "cut_lines": _share(line.endswith(("...", "…")) for line in lines),
+        "cut_lines": _share(line.endswith(("...", ELLIPSIS)) for line in lines),
         "ended_lines": _share(line.endswith(ENDS) for line in lines),
         "repeated_lines": 1 - len(set(lines)) / len(lines),
         **{f"top_{n}gram": _top_share(grams(hashes, n), lengths, n) for n in (2, 3, 4)},
