@@ -56,6 +56,11 @@ VERBS = {
         "make documents in which media take turns",
         "data/sampler/voices-*.tar --out build/turns --template speech-text-spans mean_words=3",
     ),
+    "data curate": (
+        "mmpt.data.curate:curate",
+        "leave out bad and repeated documents by filters of a recipe",
+        "examples/recipes/curate.toml --out build/curated",
+    ),
     "tokenizer list": (
         "mmpt.tokenizers.evaluate:list_tokenizers",
         "list the shipped tokenizers",
