@@ -139,11 +139,12 @@ def encode(
     SHARDS are paths, folders, patterns such as raw-{000..031}.tar, or URLs (s3, gs, http).
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
     be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. --workers:
-    processes, each with shards of its own; 0: as many as there are cores. --ray ADDRESS: the
-    workers are actors of that Ray cluster, whose machines share all folders; "local" starts one
-    here. One command at a time may write a shard. --strict: stop at the first bad sample. --tolerance: stop when more than so many percent of a shard are bad.
-    --augment: training documents that are no pages are encoded a second time: pictures and clips
-    mirrored, unless the document says "mirror": false, and sound played a tenth faster or slower.
+    processes, each with shards of its own; 0: as many as this machine has cores. --ray ADDRESS:
+    they are actors of that Ray cluster, whose machines share all folders; "local" starts one here.
+    One command at a time may write a shard. --strict: stop at the first bad sample. --tolerance:
+    stop when more than so many percent of a shard are bad. --augment: training documents that are
+    no pages are encoded a second time: pictures and clips mirrored, unless the document says
+    "mirror": false, and sound played a tenth faster or slower.
     """
     from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 

@@ -4,7 +4,9 @@ A task runs in a thread of its actor, which hands on what the task reports as it
 are found by name, so every machine needs mmpt, and the same folders.
 """
 
+import logging
 import os
+import socket
 import textwrap
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -127,8 +129,9 @@ def _connected(address: str, workers: int) -> Iterator[Any]:
     if ours:
         new = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address, logging_level="ERROR", log_to_driver=False, **new)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _reach(address)
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **new)
+        except (OSError, ValueError, RuntimeError) as error:
             why = textwrap.shorten(str(error), 200)
             raise UserError(f"no Ray at {address!r} ({why}); use HOST:PORT or local") from None
     try:
@@ -136,3 +139,10 @@ def _connected(address: str, workers: int) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing answers at HOST:PORT; Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

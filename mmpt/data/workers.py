@@ -98,9 +98,7 @@ def run_tasks(
             worker.buried()
 
 
-def attempt(
-    work: Work[S, T, R], state: S, task: T, send: Callable[[tuple[str, Any]], Any]
-) -> None:
+def attempt(work: Work[S, T, R], state: S, task: T, send: Callable[[tuple[str, Any]], Any]) -> None:
     """Do a task and send what comes of it.
 
     ("progress", count) as often as it reports; then ("done", result), or ("mistake", message), or

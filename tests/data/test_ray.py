@@ -1,5 +1,6 @@
 """Tasks in Ray actors: done as in processes, and token shards are the same bytes."""
 
+import logging
 import os
 import signal
 import time
@@ -21,7 +22,7 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     yield "auto"
     ray.shutdown()
 
@@ -70,6 +71,15 @@ def run(address: str, *job: Any, workers: int = 2) -> list[Any]:
     return list(run_tasks(*job, workers=workers, address=address))
 
 
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [("ray://host:10001", "use HOST:PORT"), ("127.0.0.1:1", "no Ray at"), ("host", "no Ray at")],
+)
+def test_an_address_without_a_cluster_is_one_line(where: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        run(where, add, 100, [1])
+
+
 def test_every_task_is_done_once_by_few_actors(address: str) -> None:
     events = run(address, add, 100, list(range(9)))
     done = [event for event in events if isinstance(event, Done)]
@@ -87,7 +97,11 @@ def test_an_actor_that_dies_is_replaced_and_its_task_is_done_again(
     [died] = [event for event in events if isinstance(event, Died)]
     assert died.number == 1
     assert died.pid > 0
-    assert Counter(event.result for event in events if isinstance(event, Done)) == {0: 1, 1: 1, 2: 1}
+    assert Counter(event.result for event in events if isinstance(event, Done)) == {
+        0: 1,
+        1: 1,
+        2: 1,
+    }
 
 
 def test_a_task_that_ends_every_actor_is_named(address: str) -> None:
@@ -115,14 +129,6 @@ def test_no_actor_outlives_the_caller(address: str, tmp_path: Path) -> None:
     assert not pids
 
 
-@pytest.mark.parametrize(
-    ("where", "why"), [("ray://host:10001", "use HOST:PORT"), ("127.0.0.1:1", "no Ray at")]
-)
-def test_an_address_without_a_cluster_is_one_line(where: str, why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        run(where, add, 100, [1])
-
-
 def test_actors_write_what_processes_write_and_one_may_die(
     address: str, zoo: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +148,7 @@ def test_actors_write_what_processes_write_and_one_may_die(
         ]
         write_shard(raw, documents)
     processor = Processor.load([str(zoo / name) for name in ("text", "image")], max_side=16)
-    options = {"augment": True, "progress": False}
+    options: dict[str, Any] = {"augment": True, "progress": False}
     alone = encode_shards(raws, tmp_path / "alone", processor, **options)
     (tmp_path / "apart").mkdir()
     (tmp_path / "apart" / "raw-6.tokens.tar.1.tmp").touch()  # of a command that was killed
