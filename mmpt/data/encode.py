@@ -12,12 +12,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.data import ray_workers
 from mmpt.data.index import load_index
 from mmpt.data.remote import find_shards, is_remote, local_copy, version_of
 from mmpt.data.shards import Document, Quarantine, is_heldout, read_documents
@@ -80,6 +83,7 @@ def encode_shards(
     *,
     augment: bool = False,
     workers: int = 1,
+    ray: str | None = None,
     tolerance: float = 1.0,
     progress: bool = True,
 ) -> EncodeReport:
@@ -89,6 +93,7 @@ def encode_shards(
     documents are encoded as they are. tolerance: the share of a shard's samples that may be bad;
     beyond it, UserError. workers: processes that encode, each its own shards; 1: this
     one. Processes import the main module anew, so a script guards its own with `__name__`.
+    ray: the address of a Ray whose actors are the workers, see `mmpt.data.ray_workers`.
     """
     report = EncodeReport()
     tasks = [
@@ -97,10 +102,11 @@ def encode_shards(
     ]
     todo = [task for task in tasks if not _finished(task, processor.vocabulary)]
     report.kept = len(tasks) - len(todo)
+    _sweep(todo)  # an earlier command may have been killed
     with _bar(todo, progress=progress) as bar:
-        if min(workers, len(todo)) > 1:
+        if todo and (ray or min(workers, len(todo)) > 1):
             report.workers = min(workers, len(todo))
-            _encode_apart(todo, processor, report.workers, bar)
+            _encode_apart(todo, processor, report.workers, ray, bar)
         else:
             for task in todo:
                 _encode_shard(processor, task, bar.update)
@@ -124,6 +130,7 @@ def encode(
     max_side: int = 64,
     augment: bool = False,
     workers: int = 0,
+    ray: str | None = None,
     strict: bool = False,
     tolerance: float = 100.0,
 ) -> dict[str, Any]:
@@ -132,10 +139,12 @@ def encode(
     SHARDS are paths, folders, patterns such as raw-{000..031}.tar, or URLs (s3, gs, http).
     Finished shards are kept, so the same command goes on after an interruption. Samples that cannot
     be used are listed beside each shard. Pictures are shrunk to `max_side` pixels. --workers:
-    processes, each with shards of its own; 0: as many as there are cores. --strict: stop at the
-    first bad sample. --tolerance: stop when more than so many percent of a shard are bad.
-    --augment: training documents that are no pages are encoded a second time: pictures and clips
-    mirrored, unless the document says "mirror": false, and sound played a tenth faster or slower.
+    processes, each with shards of its own; 0: as many as this machine has cores. --ray ADDRESS:
+    they are actors of that Ray cluster, whose machines share all folders; "local" starts one here.
+    One command at a time may write a shard. --strict: stop at the first bad sample. --tolerance:
+    stop when more than so many percent of a shard are bad. --augment: training documents that are
+    no pages are encoded a second time: pictures and clips mirrored, unless the document says
+    "mirror": false, and sound played a tenth faster or slower.
     """
     from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 
@@ -149,6 +158,7 @@ def encode(
         processor,
         augment=augment,
         workers=workers,
+        ray=ray,
         tolerance=0.0 if strict else tolerance / 100,
     )
     paths = sorted(Path(out).glob(f"*{SUFFIX}"))  # earlier calls encoded other shards
@@ -238,15 +248,28 @@ def _source(raw: str, processor: PartEncoder, augment: bool) -> dict[str, Any]:
     }
 
 
-def _encode_apart(tasks: Sequence[_Task], processor: PartEncoder, workers: int, bar: Any) -> None:
+def _encode_apart(
+    tasks: Sequence[_Task], processor: PartEncoder, workers: int, ray: str | None, bar: Any
+) -> None:
     """By several processes; a dead one is replaced, and what it left behind is removed."""
     # so that none is left alone at the end
     tasks = sorted(tasks, key=lambda task: _num_bytes(task.raw), reverse=True)
-    for event in run_tasks(_encode_shard, processor, tasks, workers=workers):
-        if isinstance(event, Progress):
-            bar.update(event.count)
-        elif isinstance(event, Died):
-            temporary_path(tasks[event.number].path, event.pid).unlink(missing_ok=True)
+    run = run_tasks if ray is None else partial(ray_workers.run_tasks, address=ray)
+    try:
+        for event in run(_encode_shard, processor, tasks, workers=workers):
+            if isinstance(event, Progress):
+                bar.update(event.count)
+            elif isinstance(event, Died):
+                temporary_path(tasks[event.number].path, event.pid).unlink(missing_ok=True)
+    finally:
+        _sweep(tasks)
+
+
+def _sweep(tasks: Sequence[_Task]) -> None:
+    """Remove unfinished token shards of processes that are gone."""
+    for task in tasks:
+        for path in task.path.parent.glob(f"{escape(task.path.name)}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _encode_shard(processor: PartEncoder, task: _Task, report: Callable[[int], Any]) -> None:

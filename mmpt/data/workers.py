@@ -79,7 +79,7 @@ def run_tasks(
                     number, pid, code = worker.buried()
                     del crew[worker.pipe]
                     if number is not None:
-                        _check_tries(tries[number], tasks[number], code)
+                        check_tries(tries[number], tasks[number], f"exit code {code}")
                         todo.appendleft(number)
                         yield Died(number, pid)
                     continue
@@ -96,6 +96,27 @@ def run_tasks(
             worker.process.terminate()
         for worker in crew.values():
             worker.buried()
+
+
+def attempt(work: Work[S, T, R], state: S, task: T, send: Callable[[tuple[str, Any]], Any]) -> None:
+    """Do a task and send what comes of it.
+
+    ("progress", count) as often as it reports; then ("done", result), or ("mistake", message), or
+    ("error", traceback).
+    """
+    try:
+        send(("done", work(state, task, lambda count: send(("progress", count)))))
+    except UserError as error:
+        send(("mistake", str(error)))
+    except Exception:
+        send(("error", traceback.format_exc()))
+
+
+def check_tries(count: int, task: Any, why: str) -> None:
+    """Raises UserError when the workers that died over one task are too many."""
+    if count >= MAX_TRIES:
+        raise UserError(f"{count} workers died over {task} ({why}); see what it holds")
+    log.warning("a worker died over %s (%s); it is done again", task, why)
 
 
 class _Worker:
@@ -126,12 +147,6 @@ class _Worker:
             self.pipe.send(value)
 
 
-def _check_tries(count: int, task: Any, code: int | None) -> None:
-    if count >= MAX_TRIES:
-        raise UserError(f"{count} workers died over {task} (exit code {code}); see what it holds")
-    log.warning("a worker died over %s (exit code %s); it is done again", task, code)
-
-
 def _live(pipe: Connection, work: Work[Any, Any, Any]) -> None:
     """The life of a worker: one state, then tasks until the pipe is closed."""
     # the terminal's Ctrl-C goes to all processes; the first one decides what it means
@@ -143,13 +158,7 @@ def _live(pipe: Connection, work: Work[Any, Any, Any]) -> None:
             task = pipe.recv()
         except EOFError:
             return
-        try:
-            result = work(state, task, lambda count: pipe.send(("progress", count)))
-            pipe.send(("done", result))
-        except UserError as error:
-            pipe.send(("mistake", str(error)))
-        except Exception:
-            pipe.send(("error", traceback.format_exc()))
+        attempt(work, state, task, pipe.send)
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -1,5 +1,7 @@
 import os
+import runpy
 import signal
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +253,19 @@ def test_a_process_killed_while_it_writes_is_replaced_and_leaves_nothing(vocabul
         "raw-3.tokens.tar",
         "raw-4.tokens.tar",
     }
+
+
+def test_a_command_that_was_killed_is_run_again(zoo, tmp_path):
+    script = runpy.run_path(str(Path(__file__).parent / "kill_and_encode.py"))
+    raws = [str(write_raw(tmp_path / f"raw-{number}.tar", number)) for number in (90, 60, 5)]
+    names = [str(zoo / name) for name in ("text", "image")]
+    encode_command(raws, out=tmp_path / "whole", tokenizers=names, max_side=16, workers=1)
+    options = ["--workers", "2", "--max-side", "16", "--tokenizers", *names]
+    command = [sys.executable, "-m", "mmpt", "encode", *raws, *options]
+    killed, done = script["kill_and_encode"](command, tmp_path / "out", 0.0)
+    assert killed
+    assert done < 3
+    assert script["contents"](tmp_path / "out") == script["contents"](tmp_path / "whole")
 
 
 def test_second_views_are_added_to_training_documents_that_allow_it(tmp_path, processor):
