@@ -9,11 +9,14 @@ Legend: N ids of a document, B rows, L row length, S spans.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.flat import SPAN_COLUMNS as SPAN_COLUMNS  # to be had from here as well
+from mmpt.flat import Streams, pack_arrays
 from mmpt.vocab import BEGIN, END, NUM_GRID_SIZES, Modality, Vocabulary
 
 if TYPE_CHECKING:
@@ -209,9 +212,6 @@ def _parse_span(
     return Segment(modality, codes), last + 1
 
 
-SPAN_COLUMNS = ("row", "start", "length", "modality", "frames", "height", "width")
-
-
 @dataclass
 class Rows:
     """Packed streams. All but `spans` are (B, L); pads have document -1 and weight 0.
@@ -245,7 +245,10 @@ class Rows:
     @classmethod
     def pack(cls, rows: Sequence[Sequence[Stream]], length: int, pad_id: int) -> "Rows":
         """Lay streams side by side: one inner sequence is one row of at most `length` ids."""
-        return cls.from_arrays(pack_arrays(rows, length, pad_id))
+        streams = Streams.of([stream for row in rows for stream in row])
+        pieces = iter(streams.pieces(range(len(streams))))
+        parts = [list(islice(pieces, len(row))) for row in rows]
+        return cls.from_arrays(pack_arrays(parts, length, pad_id))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Rows":
@@ -253,37 +256,3 @@ class Rows:
         import torch
 
         return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-
-
-def pack_arrays(
-    rows: Sequence[Sequence[Stream]], length: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """The fields of `Rows` as arrays; a row without streams is all padding."""
-    shape = (len(rows), length)
-    out = {
-        "ids": np.full(shape, pad_id, dtype=np.int64),
-        "modality": np.zeros(shape, dtype=np.int64),
-        "document": np.full(shape, -1, dtype=np.int64),
-        "position": np.zeros(shape, dtype=np.int64),
-        "loss_weight": np.zeros(shape, dtype=np.float32),
-    }
-    table = []
-    for row, streams in enumerate(rows):
-        sizes = [len(stream.ids) for stream in streams]
-        total, offset = sum(sizes), 0
-        if total > length:
-            raise ValueError(f"row {row} holds {total} ids, more than {length}; split it")
-        if not total:
-            continue
-        for name in ("ids", "modality", "loss_weight"):
-            np.concatenate([getattr(s, name) for s in streams], out=out[name][row, :total])
-        document = np.repeat(np.arange(len(streams)), sizes)
-        starts = np.cumsum(sizes) - sizes
-        out["document"][row, :total] = document
-        np.subtract(np.arange(total), starts[document], out=out["position"][row, :total])
-        for stream, size in zip(streams, sizes, strict=True):
-            for start, span_length, modality, grid in stream.spans:
-                table.append((row, offset + start, span_length, modality, *grid))
-            offset += size
-    out["spans"] = np.array(table, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS))
-    return out

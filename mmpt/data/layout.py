@@ -7,6 +7,7 @@ guidance has an unconditional branch `<bod> <null> <boi> ...`.
 
 import numpy as np
 
+from mmpt.data.draws import draw
 from mmpt.data.tokens import EncodedDocument
 from mmpt.stream import Segment, Stream, StreamBuilder
 from mmpt.vocab import MEDIA, NUM_SIZES, Modality, Vocabulary
@@ -31,17 +32,14 @@ def to_stream(
     weight 0: nothing predicts them. A `builder` of this vocabulary that wrote other documents is
     faster than a fresh one.
     """
-    segments = list(document.segments)
-    dropped = rng.random() < condition_drop
-    if document.order == "any":
-        segments = [segments[place] for place in rng.permutation(len(segments))]
-    candidates = segments
-    if document.order == "fixed":
-        candidates = [segment for segment in segments if segment.modality in MEDIA]
+    media = [segment for segment in document.segments if segment.modality in MEDIA]
+    free, num = document.order == "any", len(document.segments)
+    places, kept = draw(rng, num, num if free else len(media), free, condition_drop)
+    segments = [document.segments[place] for place in places]
     builder = (builder or StreamBuilder(vocabulary)).clear().structure("<bod>", weight=0.0)
-    if dropped and candidates:
+    if kept is not None:
         builder.structure("<null>", weight=0.0)
-        segments = [candidates[rng.integers(len(candidates))]]
+        segments = [(segments if free else media)[kept]]
     write_segments(builder, segments, separator)
     return builder.structure("<eod>").build()
 

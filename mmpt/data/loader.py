@@ -16,7 +16,8 @@ from mmpt.data.ahead import Ahead, Died
 from mmpt.data.logical import Arrays, DataConfig, Plan, States, batches, open_sources
 from mmpt.data.mix import SourceConfig, Stage, check_names
 from mmpt.data.pack import PackReport
-from mmpt.stream import Rows, pack_arrays
+from mmpt.flat import pack_arrays
+from mmpt.stream import Rows
 from mmpt.vocab import Vocabulary
 
 __all__ = ["DataConfig", "Loader", "SourceConfig", "Stage", "merge_states"]

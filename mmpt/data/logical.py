@@ -7,18 +7,17 @@ itself, so that any number of ranks and processes gives the same rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mmpt.config import UserError
 from mmpt.data.mix import Mixer, Schedule, SourceConfig, Stage
-from mmpt.data.order import ShardSource, Source
-from mmpt.data.pack import PACKERS, Packer, PackReport, Piece
+from mmpt.data.order import BlockSource, ShardSource, Source
+from mmpt.data.pack import PACKERS, Packer, PackReport
 from mmpt.data.tokens import open_shards
-from mmpt.stream import Stream, pack_arrays
+from mmpt.flat import Piece, Streams, pack_arrays
 from mmpt.vocab import Modality, Vocabulary
 
 Arrays = dict[str, np.ndarray]  # the fields of `Rows`
@@ -72,6 +71,10 @@ class Reference(NamedTuple):
     piece: int
 
 
+BLOCK_IDS = 1 << 16  # that a stream lays out ahead of each source, as far as one can know
+BLOCK_DOCUMENTS = 1024  # at most
+
+
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
     """The sources by name, in the order of names."""
     return {
@@ -95,7 +98,7 @@ class LogicalStream:
         self.number, self.config, self.schedule = number, config, schedule
         self.sources = list(sources.values())
         quotas = {Modality[name.upper()]: most for name, most in config.quotas.items()}
-        self.packer: Packer[Reference] = PACKERS[config.packing](
+        self.packer: Packer = PACKERS[config.packing](
             config.length, buffer=config.buffer, quotas=quotas
         )
         self.mixer = Mixer(list(sources))
@@ -105,9 +108,10 @@ class LogicalStream:
             for name, source in sources.items()
             if (epochs := config.sources[name].max_epochs) is not None
         }
+        self._open()
 
-    def row(self, row: int, weights: Mapping[str, float] | None) -> list[Stream]:
-        """Row `row` of the run, by these weights or the schedule's; no streams after the end."""
+    def row(self, row: int, weights: Mapping[str, float] | None) -> list[Piece]:
+        """Row `row` of the run, by these weights or the schedule's; no pieces after the end."""
         self._weigh(row, weights)
         while self.packer.hungry and (name := self.mixer.choose()) is not None:
             self._read(name)
@@ -132,10 +136,15 @@ class LogicalStream:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: what waited in the packer is read again."""
         self.mixer.load(state)
-        read = lru_cache(maxsize=4)(self._pieces)  # a document's pieces stand together
-        for entry in np.asarray(state["residue"], dtype=np.int64).tolist():
-            reference = Reference(*entry)
-            self.packer.add(Piece(reference, read(*reference[:2])[reference.piece]))
+        self._open()
+        residue = np.asarray(state["residue"], dtype=np.int64).reshape(-1, len(Reference._fields))
+        pieces = {}
+        for place in np.unique(residue[:, 0]).tolist():
+            reads = np.unique(residue[residue[:, 0] == place, 1]).tolist()
+            for document in self._pieces(self._lay_out(place, reads), place, reads):
+                pieces |= {piece.reference: piece for piece in document}
+        for entry in residue.tolist():
+            self.packer.add(pieces[tuple(entry)])
         self.packer.taken = state["taken"]
         self.packer.report = PackReport(**state["report"] | {"ids": dict(state["report"]["ids"])})
 
@@ -158,15 +167,47 @@ class LogicalStream:
 
     def _read(self, name: str) -> None:
         cursor, place = self.mixer.cursors[name], self._places[name]
-        pieces = self._pieces(place, cursor.read)
-        for number, stream in enumerate(pieces):
-            self.packer.add(Piece(Reference(place, cursor.read, number), stream))
-            cursor.tokens += len(stream)
+        pieces = next(self._ahead[place])
+        for piece in pieces:
+            self.packer.add(piece)
+            cursor.tokens += piece.end - piece.begin
         self.packer.report.cut += len(pieces) > 1
         cursor.read += 1
 
-    def _pieces(self, source: int, read: int) -> list[Stream]:
-        return self.packer.split(self.sources[source].stream(self._document(read)))
+    def _open(self) -> None:
+        # a generator a source; it begins to read when it is first asked
+        self._ahead = [self._documents(name, place) for name, place in self._places.items()]
+
+    def _documents(self, name: str, place: int) -> Iterator[list[Piece]]:
+        """The documents of a source from its cursor on, each as its pieces.
+
+        They are laid out in blocks that grow until they have enough ids.
+        """
+        read, number = self.mixer.cursors[name].read, 16
+        while True:
+            if not isinstance(self.sources[place], BlockSource):
+                number = 1
+            streams = self._lay_out(place, reads := range(read, read + number))
+            yield from self._pieces(streams, place, reads)
+            read += number
+            mean = len(streams.tokens) // number + 1
+            number = min(2 * number, BLOCK_DOCUMENTS, BLOCK_IDS // mean + 1)
+
+    def _lay_out(self, place: int, reads: Sequence[int]) -> Streams:
+        source, numbers = self.sources[place], self.number + np.array(reads) * self.config.streams
+        if isinstance(source, BlockSource):
+            return source.streams(numbers)
+        return Streams.of(list(map(source.stream, numbers.tolist())))
+
+    def _pieces(self, streams: Streams, place: int, reads: Sequence[int]) -> Iterator[list[Piece]]:
+        for document in streams.pieces(list(map(Reference, repeat(place), reads, repeat(0)))):
+            pieces = self.packer.split(document)
+            if len(pieces) > 1:
+                pieces = [
+                    piece._replace(reference=document.reference._replace(piece=number))
+                    for number, piece in enumerate(pieces)
+                ]
+            yield pieces
 
 
 class Plan(NamedTuple):
