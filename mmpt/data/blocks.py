@@ -6,7 +6,8 @@ every run follows from the sizes of those before it; then each medium is written
 Legend: D documents, T segments of all of them, R runs of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +21,28 @@ from mmpt.vocab import BEGIN, END, MEDIA, NUM_GRID_SIZES, NUM_SIZES, Modality, V
 HEADERS = np.array([1 + NUM_GRID_SIZES[m] if m in MEDIA else 0 for m in Modality])
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """Where everything stands, counted over all documents.
+
+    Per document: starts (D + 1,), of its ids; null (D,), whether it lost its condition; first
+    (D + 1,), its first run. Per run (R,): segment, whose codes it has; modality; sides, (R, 3), of
+    its grid; length, its codes; separator, the shard whose separator it begins with, -1 for none;
+    begin, of its separator or header, and codes, of its codes.
+    """
+
+    starts: np.ndarray
+    null: np.ndarray
+    first: np.ndarray
+    segment: np.ndarray
+    modality: np.ndarray
+    sides: np.ndarray
+    length: np.ndarray
+    separator: np.ndarray
+    begin: np.ndarray
+    codes: np.ndarray
+
+
 class BlockLayout:
     """Lays out documents of shards with these separators (text codes), as `to_stream` does."""
 
@@ -27,66 +50,99 @@ class BlockLayout:
         self, vocabulary: Vocabulary, separators: Sequence[np.ndarray], condition_drop: float
     ) -> None:
         self._vocabulary, self._condition_drop = vocabulary, condition_drop
-        self._separator_starts = offsets([len(separator) for separator in separators])
+        # one more that is empty, for where there is none
+        self._separator_sizes = np.array([*map(len, separators), 0])
+        self._separator_starts = offsets(self._separator_sizes)[:-1]
         self._separators = np.concatenate(separators)
         self._speech_span = NUM_SIZES
         if vocabulary.has(Modality.SPEECH):
             self._speech_span = speech_span(vocabulary)
 
-    def lay_out(self, segments: Segments, keys: np.ndarray) -> Streams:
-        """These documents; uint64 (D, 2) are the keys of their chances, see `draw_many`."""
+    def lay_out(self, segments: Segments, keys: np.ndarray, most: int) -> Iterator[Streams]:
+        """These documents in parts of at most `most` ids, or of one document.
+
+        keys: uint64 (D, 2), of their chances, see `draw_many`.
+        """
+        runs = self._place(segments, keys)
+        first, end = 0, len(segments.num)
+        while first < end:
+            fits = np.searchsorted(runs.starts, runs.starts[first] + most, side="right")
+            last = max(int(fits) - 1, first + 1)
+            yield self._write(segments, runs, first, last)
+            first = last
+
+    def _place(self, segments: Segments, keys: np.ndarray) -> "_Runs":
         written, null = self._choose(segments, keys)
         modality = segments.modality[written]
-        speech = modality == Modality.SPEECH
 
-        # runs: long speech has several
-        sides = segments.grid[written]
-        most = self._speech_span
-        number = np.where(speech, -(-sides[:, 2] // most), 1)
-        segment = np.repeat(np.arange(len(written)), number)
-        part = ranges(np.zeros_like(number), number)
-        modality, speech, sides = modality[segment], speech[segment], sides[segment]
-        sides[speech, 2] = np.minimum(sides[speech, 2] - part[speech] * most, most)
-        length = sides.prod(axis=1)
-        document = segments.document[written][segment]
+        # long speech has several runs
+        sides, most = segments.grid[written], self._speech_span
+        number = np.where(modality == Modality.SPEECH, -(-sides[:, 2] // most), 1)
+        source = np.repeat(np.arange(len(written)), number)
+        modality, sides = modality[source], sides[source]
+        speech = np.flatnonzero(modality == Modality.SPEECH)
+        part = ranges(np.zeros_like(number), number)[speech]
+        sides[speech, 2] = np.minimum(sides[speech, 2] - part * most, most)
+        length = sides[:, 0] * sides[:, 1] * sides[:, 2]
+        document = segments.document[written][source]
 
-        # where they stand
         text = modality == Modality.TEXT
         again = np.zeros(len(text), dtype=bool)
         again[1:] = text[1:] & text[:-1] & (document[1:] == document[:-1])
-        shard = segments.shard[document]
-        separators = np.where(again, np.diff(self._separator_starts)[shard], 0)
-        header = HEADERS[modality] + separators
-        sizes = offsets(header + length + ~text)
+        separator = np.where(again, segments.shard[document], -1)
+        header = HEADERS[modality] + self._separator_sizes[separator]
+        ends = offsets(header + length + ~text)
         frame = offsets(2 + null)  # <bod>, <null> and <eod>
-        first = np.searchsorted(document, np.arange(len(segments.num) + 1))  # runs of documents
-        starts = sizes[first] + frame
-        begin = sizes[:-1] + (frame[:-1] + 1 + null)[document]
+        first = np.searchsorted(document, np.arange(len(null) + 1))
+        return _Runs(
+            starts=ends[first] + frame,
+            null=null,
+            first=first,
+            segment=written[source],
+            modality=modality,
+            sides=sides,
+            length=length,
+            separator=separator,
+            begin=ends[:-1] + (frame[:-1] + 1 + null)[document],
+            codes=ends[:-1] + (frame[:-1] + 1 + null)[document] + header,
+        )
+
+    def _write(self, segments: Segments, runs: "_Runs", first: int, last: int) -> Streams:
+        """Documents first to last - 1."""
+        origin, name = runs.starts[first], self._vocabulary.structure_id
+        inside = slice(runs.first[first], runs.first[last])
+        modality, length, sides = runs.modality[inside], runs.length[inside], runs.sides[inside]
+        begin, codes = runs.begin[inside] - origin, runs.codes[inside] - origin
+        starts, null = runs.starts[first : last + 1] - origin, runs.null[first:last]
 
         tokens = np.empty(starts[-1], TOKEN)
         tokens["modality"] = Modality.TEXT
         tokens["loss_weight"] = 1
-        ids, weights, name = tokens["ids"], tokens["loss_weight"], self._vocabulary.structure_id
+        ids, weights = tokens["ids"], tokens["loss_weight"]
         ids[starts[:-1]], ids[starts[1:] - 1] = name("<bod>"), name("<eod>")
         ids[starts[:-1][null] + 1] = name("<null>")
         weights[starts[:-1]] = weights[starts[:-1][null] + 1] = 0
-        places = ranges(begin[again], separators[again])
-        ids[places] = self._separators[
-            ranges(self._separator_starts[shard[again]], separators[again])
+        separator = runs.separator[inside]
+        sizes = self._separator_sizes[separator]
+        ids[ranges(begin, sizes)] = self._separators[
+            ranges(self._separator_starts[separator], sizes)
         ]
         for medium in Modality:
-            runs = np.flatnonzero(modality == medium)
-            if not runs.size:
+            chosen = np.flatnonzero(modality == medium)
+            if not chosen.size:
                 continue
-            codes = segments.codes(written[segments.modality[written] == medium])
-            places = ranges(begin[runs] + header[runs], length[runs])
-            ids[places] = self._ids(medium, codes, sides[runs, 2])
+            places = ranges(codes[chosen], length[chosen])
+            segment = runs.segment[inside][chosen]
+            new = np.diff(segment, prepend=-1) != 0
+            ids[places] = self._ids(medium, segments.codes(segment[new]), sides[chosen, 2])
             if medium in MEDIA:
                 tokens["modality"][places] = medium
-                self._write_headers(ids, medium, begin[runs], sides[runs])
-                ids[begin[runs] + header[runs] + length[runs]] = name(END[medium])
-        spans = np.stack([begin + header, length, modality, *sides.T], axis=1)[~text]
-        return Streams(tokens, starts, spans, offsets(~text)[first])
+                self._write_headers(ids, medium, begin[chosen], sides[chosen])
+                ids[codes[chosen] + length[chosen]] = name(END[medium])
+        media = modality != Modality.TEXT
+        spans = np.stack([codes, length, modality, *sides.T], axis=1)[media]
+        span_starts = offsets(media)[runs.first[first : last + 1] - runs.first[first]]
+        return Streams(tokens, starts, spans, span_starts)
 
     def _choose(self, segments: Segments, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The segments that are written, in order; and which documents lost a condition (D,)."""

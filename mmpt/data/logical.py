@@ -71,8 +71,7 @@ class Reference(NamedTuple):
     piece: int
 
 
-BLOCK_IDS = 1 << 16  # that a stream lays out ahead of each source, as far as one can know
-BLOCK_DOCUMENTS = 1024  # at most
+AHEAD = 2048  # documents of each source that a stream looks ahead for, once it runs
 
 
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
@@ -141,7 +140,7 @@ class LogicalStream:
         pieces = {}
         for place in np.unique(residue[:, 0]).tolist():
             reads = np.unique(residue[residue[:, 0] == place, 1]).tolist()
-            for document in self._pieces(self._lay_out(place, reads), place, reads):
+            for document in self._lay_out(place, reads):
                 pieces |= {piece.reference: piece for piece in document}
         for entry in residue.tolist():
             self.packer.add(pieces[tuple(entry)])
@@ -187,17 +186,20 @@ class LogicalStream:
         while True:
             if not isinstance(self.sources[place], BlockSource):
                 number = 1
-            streams = self._lay_out(place, reads := range(read, read + number))
-            yield from self._pieces(streams, place, reads)
+            yield from self._lay_out(place, range(read, read + number))
             read += number
-            mean = len(streams.tokens) // number + 1
-            number = min(2 * number, BLOCK_DOCUMENTS, BLOCK_IDS // mean + 1)
+            number = min(2 * number, AHEAD)
 
-    def _lay_out(self, place: int, reads: Sequence[int]) -> Streams:
-        source, numbers = self.sources[place], self.number + np.array(reads) * self.config.streams
+    def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[list[Piece]]:
+        source, first = self.sources[place], 0
+        numbers = self.number + np.array(reads) * self.config.streams
         if isinstance(source, BlockSource):
-            return source.streams(numbers)
-        return Streams.of(list(map(source.stream, numbers.tolist())))
+            parts = source.streams(numbers)
+        else:
+            parts = (Streams.of([source.stream(number)]) for number in numbers.tolist())
+        for streams in parts:
+            yield from self._pieces(streams, place, reads[first : first + len(streams)])
+            first += len(streams)
 
     def _pieces(self, streams: Streams, place: int, reads: Sequence[int]) -> Iterator[list[Piece]]:
         for document in streams.pieces(list(map(Reference, repeat(place), reads, repeat(0)))):

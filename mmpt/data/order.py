@@ -5,7 +5,7 @@ is the one at place `number % len` of epoch `number // len`. So the state of a r
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,7 @@ from mmpt.stream import Stream
 from mmpt.vocab import Vocabulary
 
 MASK = (1 << 64) - 1
+PART = 1 << 16  # ids that are laid out at once: 1 MB
 
 
 class Source(Protocol):
@@ -51,8 +52,8 @@ class Source(Protocol):
 class BlockSource(Source, Protocol):
     """A source that lays out many documents in hardly more time than one."""
 
-    def streams(self, numbers: np.ndarray) -> Streams:
-        """Documents int64 (D,) of the endless sequence."""
+    def streams(self, numbers: np.ndarray) -> Iterator[Streams]:
+        """Documents int64 (D,) of the endless sequence, in parts of bounded size."""
         ...
 
 
@@ -92,10 +93,14 @@ class ShardSource:
         ]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
-    def streams(self, numbers: np.ndarray) -> Streams:
-        """Documents int64 (D,) of the endless sequence, their orders and conditions drawn anew."""
+    def streams(self, numbers: np.ndarray) -> Iterator[Streams]:
+        """Documents int64 (D,) of the endless sequence, their orders and conditions drawn anew.
+
+        In parts of at most `PART` ids, or of one document.
+        """
         chosen, keys = self._choose(numbers)
-        return self._layout.lay_out(self._index.find(self._numbers[chosen].astype(np.int64)), keys)
+        segments = self._index.find(self._numbers[chosen].astype(np.int64))
+        return self._layout.lay_out(segments, keys, PART)
 
     def stream(self, number: int) -> Stream:
         """One document, laid out by itself: slower, and what `streams` is measured against."""
