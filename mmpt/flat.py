@@ -29,12 +29,14 @@ class Streams:
 
     tokens: `TOKEN` (N,). starts: int64 (D + 1,), where each begins, and the end. spans: int64
     (S, 6), `SPAN_COLUMNS` without the row, `start` in all tokens. span_starts: int64 (D + 1,).
+    counts: int64 (D, media), how many ids of each medium every document has.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     spans: np.ndarray
     span_starts: np.ndarray
+    counts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -52,23 +54,22 @@ class Streams:
             for span in stream.spans
         ]
         table = np.array(spans, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS) - 1)
-        return cls(tokens, starts, table, offsets([len(stream.spans) for stream in streams]))
+        counts = [np.bincount(stream.modality, minlength=len(Modality)) for stream in streams]
+        return cls(
+            tokens,
+            starts,
+            table,
+            offsets([len(stream.spans) for stream in streams]),
+            np.array(counts, dtype=np.int64).reshape(-1, len(Modality)),
+        )
 
     def pieces(self, references: Sequence[Any]) -> list["Piece"]:
         """Every document as one piece."""
         begins, spans = self.starts.tolist(), self.span_starts.tolist()
-        counts = self._counts.tolist()
+        counts = self.counts.tolist()
         return list(
             map(Piece, references, repeat(self), begins, begins[1:], spans, spans[1:], counts)
         )
-
-    @cached_property
-    def _counts(self) -> np.ndarray:
-        # int64 (D, media): how many ids of each medium every document has
-        document = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        cells = document * len(Modality) + self.tokens["modality"]
-        counts = np.bincount(cells, minlength=len(self) * len(Modality))
-        return counts.reshape(len(self), len(Modality))
 
     # slices of memory are made faster than those of arrays
 

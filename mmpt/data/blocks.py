@@ -133,8 +133,9 @@ class BlockLayout:
                 continue
             places = ranges(codes[chosen], length[chosen])
             segment = runs.segment[inside][chosen]
-            new = np.diff(segment, prepend=-1) != 0
-            ids[places] = self._ids(medium, segments.codes(segment[new]), sides[chosen, 2])
+            if medium == Modality.SPEECH:  # of which several runs may be one segment
+                segment = segment[np.diff(segment, prepend=-1) != 0]
+            ids[places] = self._ids(medium, segments.codes(segment), sides[chosen, 2])
             if medium in MEDIA:
                 tokens["modality"][places] = medium
                 self._write_headers(ids, medium, begin[chosen], sides[chosen])
@@ -142,7 +143,11 @@ class BlockLayout:
         media = modality != Modality.TEXT
         spans = np.stack([codes, length, modality, *sides.T], axis=1)[media]
         span_starts = offsets(media)[runs.first[first : last + 1] - runs.first[first]]
-        return Streams(tokens, starts, spans, span_starts)
+        document = np.repeat(np.arange(last - first), np.diff(runs.first[first : last + 1]))
+        counts = np.zeros((last - first, len(Modality)), dtype=np.int64)
+        np.add.at(counts, (document[media], modality[media]), length[media])
+        counts[:, Modality.TEXT] = np.diff(starts) - counts.sum(axis=1)
+        return Streams(tokens, starts, spans, span_starts, counts)
 
     def _choose(self, segments: Segments, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The segments that are written, in order; and which documents lost a condition (D,)."""

@@ -7,7 +7,7 @@ itself, so that any number of ranks and processes gives the same rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,12 +63,9 @@ class DataConfig:
             raise UserError("data.quotas are not kept by concatenation; choose another packing")
 
 
-class Reference(NamedTuple):
-    """Where a piece comes from: the `piece`-th of what a stream read `read`-th of a source."""
-
-    source: int  # its place among the names in order
-    read: int
-    piece: int
+# where a piece comes from: the source's place among the names in order, how many documents the
+# stream had read of it before, and which piece of the document it is
+Reference = tuple[int, int, int]
 
 
 AHEAD = 2048  # documents of each source that a stream looks ahead for, once it runs
@@ -101,7 +98,6 @@ class LogicalStream:
             config.length, buffer=config.buffer, quotas=quotas
         )
         self.mixer = Mixer(list(sources))
-        self._places = {name: place for place, name in enumerate(sources)}
         self._ends = {  # how many documents each source has in all
             name: len(source) * epochs
             for name, source in sources.items()
@@ -112,22 +108,28 @@ class LogicalStream:
     def row(self, row: int, weights: Mapping[str, float] | None) -> list[Piece]:
         """Row `row` of the run, by these weights or the schedule's; no pieces after the end."""
         self._weigh(row, weights)
-        while self.packer.hungry and (name := self.mixer.choose()) is not None:
-            self._read(name)
+        packer, mixer, ahead = self.packer, self.mixer, self._ahead
+        while packer.hungry and (name := mixer.choose()) is not None:
+            size = 0
+            for piece in (pieces := next(ahead[name])):
+                packer.add(piece)
+                size += piece.end - piece.begin
+            mixer.was_read(name, size)
+            if len(pieces) > 1:
+                packer.report.cut += 1
             if name in self._ends and self._is_read(name):
                 self._weigh(row, weights)
-        return self.packer.row()
+        return packer.row()
 
     def state(self) -> dict[str, Any]:
-        """Values that later rows leave as they are; the residue is int64 (n, 3), see `Reference`.
+        """Values that later rows leave as they are; the residue is a list of `Reference`.
 
         It is taken after every batch, and sent between processes, so it has to be cheap.
         """
         report = vars(self.packer.report)
-        flat = np.fromiter(chain.from_iterable(self.packer.residue), dtype=np.int64)
         return {
             **self.mixer.state(),
-            "residue": flat.reshape(-1, len(Reference._fields)),
+            "residue": self.packer.residue,
             "taken": self.packer.taken,
             "report": report | {"ids": dict(report["ids"])},
         }
@@ -136,7 +138,7 @@ class LogicalStream:
         """Go on from `state`: what waited in the packer is read again."""
         self.mixer.load(state)
         self._open()
-        residue = np.asarray(state["residue"], dtype=np.int64).reshape(-1, len(Reference._fields))
+        residue = np.asarray(state["residue"], dtype=np.int64).reshape(-1, 3)
         pieces = {}
         for place in np.unique(residue[:, 0]).tolist():
             reads = np.unique(residue[residue[:, 0] == place, 1]).tolist()
@@ -149,11 +151,9 @@ class LogicalStream:
 
     def _weigh(self, row: int, weights: Mapping[str, float] | None) -> None:
         weights = weights or self.schedule.at(row)
-        self.mixer.set_weights(
-            {name: 0.0 if self._is_read(name) else weight for name, weight in weights.items()}
-            if self._ends
-            else weights
-        )
+        if self._ends:
+            weights = {n: 0.0 if self._is_read(n) else weight for n, weight in weights.items()}
+        self.mixer.set_weights(weights)
 
     def _is_read(self, name: str) -> bool:
         return (
@@ -164,20 +164,12 @@ class LogicalStream:
     def _document(self, read: int) -> int:
         return self.number + read * self.config.streams
 
-    def _read(self, name: str) -> None:
-        cursor, place = self.mixer.cursors[name], self._places[name]
-        pieces = next(self._ahead[place])
-        for piece in pieces:
-            self.packer.add(piece)
-            cursor.tokens += piece.end - piece.begin
-        self.packer.report.cut += len(pieces) > 1
-        cursor.read += 1
-
     def _open(self) -> None:
-        # a generator a source; it begins to read when it is first asked
-        self._ahead = [self._documents(name, place) for name, place in self._places.items()]
+        # each begins to read when it is first asked, and then from its cursor on
+        places = enumerate(self.mixer.cursors)
+        self._ahead = {name: self._documents(name, place) for place, name in places}
 
-    def _documents(self, name: str, place: int) -> Iterator[list[Piece]]:
+    def _documents(self, name: str, place: int) -> Iterator[tuple[Piece, ...]]:
         """The documents of a source from its cursor on, each as its pieces.
 
         They are laid out in blocks that grow until they have enough ids.
@@ -190,7 +182,7 @@ class LogicalStream:
             read += number
             number = min(2 * number, AHEAD)
 
-    def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[list[Piece]]:
+    def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
         source, first = self.sources[place], 0
         numbers = self.number + np.array(reads) * self.config.streams
         if isinstance(source, BlockSource):
@@ -198,18 +190,17 @@ class LogicalStream:
         else:
             parts = (Streams.of([source.stream(number)]) for number in numbers.tolist())
         for streams in parts:
-            yield from self._pieces(streams, place, reads[first : first + len(streams)])
+            chosen = reads[first : first + len(streams)]
             first += len(streams)
-
-    def _pieces(self, streams: Streams, place: int, reads: Sequence[int]) -> Iterator[list[Piece]]:
-        for document in streams.pieces(list(map(Reference, repeat(place), reads, repeat(0)))):
-            pieces = self.packer.split(document)
-            if len(pieces) > 1:
-                pieces = [
-                    piece._replace(reference=document.reference._replace(piece=number))
-                    for number, piece in enumerate(pieces)
-                ]
-            yield pieces
+            references = list(zip(repeat(place), chosen, repeat(0)))
+            documents = list(zip(streams.pieces(references)))
+            for long in np.flatnonzero(np.diff(streams.starts) > self.config.length).tolist():
+                [document] = documents[long]
+                documents[long] = tuple(
+                    piece._replace(reference=(place, chosen[long], number))
+                    for number, piece in enumerate(self.packer.split(document))
+                )
+            yield from documents
 
 
 class Plan(NamedTuple):

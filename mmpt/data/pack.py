@@ -7,7 +7,7 @@ after row and cuts where a row ends. Nothing cuts a media span, unless it is lon
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +67,9 @@ class Packer:
         self, length: int, *, buffer: int = 256, quotas: Mapping[Modality, int] | None = None
     ) -> None:
         self.length, self.buffer = length, buffer
-        self.report = PackReport()
         self.taken = 0
+        self._report = PackReport()
+        self._counts: list[Sequence[int]] = []  # of pieces in rows, which the report lacks
         self._quotas = [(quotas or {}).get(modality, length) for modality in Modality]
         self._limited = bool(quotas)
         self._pieces: dict[int, Piece] = {}  # by their keys, oldest first
@@ -87,35 +88,54 @@ class Packer:
         """References of the pieces that wait, oldest first: adding them restores the packer."""
         return [piece.reference for piece in self._pieces.values()]
 
+    @property
+    def report(self) -> PackReport:
+        """What was packed so far."""
+        for name, *counts in zip(_NAMES, *self._counts, strict=True):
+            self._report.ids[name] += sum(counts)
+        self._counts.clear()
+        return self._report
+
+    @report.setter
+    def report(self, report: PackReport) -> None:
+        self._report = report
+        self._counts.clear()
+
     def split(self, document: Piece) -> list[Piece]:
         """The pieces as which a document is added."""
         return cut(document, self.length)
 
     def add(self, piece: Piece) -> None:
         """Put a piece of `split` into the buffer."""
-        # sorted, keys stand by size, and the oldest of a size stands last
-        key = (piece.end - piece.begin << _AGES) - self._age
-        self._age += 1
-        self._pieces[key] = piece
-        self._added(key)
+        self._add(piece)
 
     def row(self) -> list[Piece]:
         """Take the pieces of the next row out of the buffer; none when it is empty."""
         pieces = self._fill() if self._pieces else []
         if pieces:
-            self.report.rows += 1
-            self.report.capacity += self.length
-            self.report.pieces += len(pieces)
-            counts = zip(*[piece.counts for piece in pieces], strict=True)
-            for name, count in zip(_NAMES, map(sum, counts), strict=True):
-                self.report.ids[name] += count
+            self._report.rows += 1
+            self._report.capacity += self.length
+            self._report.pieces += len(pieces)
+            self._counts += [piece.counts for piece in pieces]
         return pieces
 
-    def _added(self, key: int) -> None:
-        """A piece of this key came into the buffer."""
+    def _add(self, piece: Piece) -> int:
+        # sorted, keys stand by size, and the oldest of a size stands last
+        key = (piece.end - piece.begin << _AGES) - self._age
+        self._age += 1
+        self._pieces[key] = piece
+        return key
 
-    def _removed(self, key: int) -> None:
-        """A piece of this key is about to leave it."""
+    def _take(self, key: int) -> Piece:
+        return self._pieces.pop(key)
+
+    def _fill(self) -> list[Piece]:
+        """Take the pieces of a row out of the buffer, which is not empty."""
+        raise NotImplementedError
+
+
+class Fitting(Packer):
+    """Starts a row with the oldest piece, and fills it with those that still fit."""
 
     def _next(self, room: int, left: list[int] | None) -> int | None:
         """The key of the next piece of a row with this room, and this left of each quota."""
@@ -125,24 +145,21 @@ class Packer:
         pieces = [self._take(next(iter(self._pieces)))]
         left = _left(self._quotas, pieces[0]) if self._limited else None
         if left and min(left) < 0:
-            self.report.over_quota += 1
+            self._report.over_quota += 1
             return pieces
-        room = self.length - pieces[0].size
+        room = self.length - (pieces[0].end - pieces[0].begin)
         while room and (key := self._next(room, left)) is not None:
             pieces.append(piece := self._take(key))
-            room -= piece.size
-            left = left and _left(left, piece)
+            room -= piece.end - piece.begin
+            if left:
+                left = _left(left, piece)
         return pieces
-
-    def _take(self, key: int) -> Piece:
-        self._removed(key)
-        return self._pieces.pop(key)
 
     def _fits(self, key: int, left: list[int] | None) -> bool:
         return left is None or min(_left(left, self._pieces[key])) >= 0
 
 
-class BestFit(Packer):
+class BestFit(Fitting):
     """The longest piece that fits, the oldest of equals."""
 
     def __init__(
@@ -151,20 +168,24 @@ class BestFit(Packer):
         super().__init__(length, buffer=buffer, quotas=quotas)
         self._keys: list[int] = []  # sorted
 
-    def _added(self, key: int) -> None:
-        insort(self._keys, key)
+    def add(self, piece: Piece) -> None:
+        """Put a piece of `split` into the buffer."""
+        insort(self._keys, self._add(piece))
 
-    def _removed(self, key: int) -> None:
+    def _take(self, key: int) -> Piece:
         del self._keys[bisect_left(self._keys, key)]
+        return self._pieces.pop(key)
 
     def _next(self, room: int, left: list[int] | None) -> int | None:
-        for place in range(bisect_right(self._keys, room << _AGES) - 1, -1, -1):
-            if self._fits(key := self._keys[place], left):
-                return key
+        place = bisect_right(self._keys, room << _AGES)
+        while place:
+            place -= 1
+            if left is None or self._fits(self._keys[place], left):
+                return self._keys[place]
         return None
 
 
-class FirstFit(Packer):
+class FirstFit(Fitting):
     """The oldest piece that fits."""
 
     def _next(self, room: int, left: list[int] | None) -> int | None:
@@ -174,7 +195,7 @@ class FirstFit(Packer):
         return None
 
 
-class OnePiece(Packer):
+class OnePiece(Fitting):
     """One piece a row."""
 
     @property
@@ -215,7 +236,7 @@ class Concatenation(Packer):
             end = end or begin + room
             pieces.append(_part(document, begin, end))
             room -= end - begin
-            self.report.cut += self.taken == 0 and end < document.end
+            self._report.cut += self.taken == 0 and end < document.end
             self.taken = end - document.begin
             if end == document.end:
                 self._take(key)
