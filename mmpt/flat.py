@@ -7,7 +7,7 @@ Legend: D documents, N ids of all of them, S spans of all, B rows, L row length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,48 +106,57 @@ class Piece(NamedTuple):
 
 def pack_arrays(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """The fields of `Rows` as arrays; a row without pieces is all padding."""
-    pieces = [piece for row in rows for piece in row]
-    firsts = offsets([len(row) for row in rows])  # of the pieces, by rows
-    row = np.repeat(np.arange(len(rows)), np.diff(firsts))
-    sizes = np.array([piece.end - piece.begin for piece in pieces], dtype=np.int64)
-    starts = offsets(sizes)
-    begins = starts[firsts]  # of the rows, in all ids
-    used = np.diff(begins)
-    if (used > length).any():
-        worst = int(used.argmax())
-        raise ValueError(f"row {worst} holds {used[worst]} ids, more than {length}; split it")
-    memory = b"".join([piece.streams.token_memory[piece.begin : piece.end] for piece in pieces])
-    tokens = np.frombuffer(memory, TOKEN)
-    filled = np.arange(length) < used[:, None]
-    number = np.arange(len(pieces)) - firsts[row]
-    columns = {
-        "ids": (pad_id, tokens["ids"]),
-        "modality": (0, tokens["modality"]),
-        "document": (-1, np.repeat(number, sizes)),
-        "position": (0, np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)),
+    padding = _padding(length, pad_id)
+    whole: list[Piece] = []  # which fill the rows
+    numbers: list[int] = []  # of their documents
+    for row, pieces in enumerate(rows):
+        room = length - sum([piece.end - piece.begin for piece in pieces])
+        if room < 0:
+            raise ValueError(f"row {row} holds {length - room} ids, more than {length}; split it")
+        whole += pieces
+        numbers += range(len(pieces))
+        if room:
+            whole.append(Piece(None, padding, 0, room, 0, 0, ()))
+            numbers.append(-1)
+    memory = b"".join([piece.streams.token_memory[piece.begin : piece.end] for piece in whole])
+    tokens = np.frombuffer(memory, TOKEN).reshape(-1, length)
+    sizes = np.array([piece.end - piece.begin for piece in whole], dtype=np.int64)
+    starts = offsets(sizes)[:-1]
+    document = np.repeat(numbers, sizes).reshape(tokens.shape)
+    position = np.arange(document.size) - np.repeat(starts, sizes)
+    position = position.reshape(tokens.shape)
+    position[document < 0] = 0
+    return {
+        "ids": tokens["ids"].copy(),
+        "modality": tokens["modality"].astype(np.int64),
+        "document": document,
+        "position": position,
+        "loss_weight": tokens["loss_weight"].copy(),
+        "spans": _span_table(whole, starts, length),
     }
-    out = {}
-    for name, (pad, values) in columns.items():
-        out[name] = np.full(filled.shape, pad, dtype=np.int64)
-        out[name][filled] = values
-    out["loss_weight"] = np.zeros(filled.shape, dtype=np.float32)
-    out["loss_weight"][filled] = tokens["loss_weight"]
-    out["spans"] = _span_table(pieces, row, starts[:-1] - begins[row])
-    return out
 
 
-def _span_table(pieces: Sequence[Piece], row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """int64 (S, 7) of pieces that stand at these rows and columns."""
+@lru_cache(maxsize=8)
+def _padding(length: int, pad_id: int) -> Streams:
+    tokens = np.zeros(length, TOKEN)
+    tokens["ids"] = pad_id
+    none = np.zeros((0, len(SPAN_COLUMNS) - 1), dtype=np.int64)
+    return Streams(tokens, np.array([0, length]), none, np.zeros(2, dtype=np.int64), none)
+
+
+def _span_table(pieces: Sequence[Piece], starts: np.ndarray, length: int) -> np.ndarray:
+    """int64 (S, 7) of pieces that stand at these places of rows of this length."""
     numbers = [piece.last_span - piece.first_span for piece in pieces]
     memory = b"".join(
         [piece.streams.span_memory[piece.first_span : piece.last_span] for piece in pieces]
     )
     spans = np.frombuffer(memory, np.int64).reshape(-1, len(SPAN_COLUMNS) - 1)
-    shift = column - np.array([piece.begin for piece in pieces], dtype=np.int64)
+    begins = np.array([piece.begin for piece in pieces], dtype=np.int64)
+    place, begin = np.repeat([starts, begins], numbers, axis=1)
     table = np.empty((len(spans), len(SPAN_COLUMNS)), dtype=np.int64)
-    table[:, 0] = np.repeat(row, numbers)
+    table[:, 0] = place // length
     table[:, 1:] = spans
-    table[:, 1] += np.repeat(shift, numbers)
+    table[:, 1] += place % length - begin
     return table
 
 
