@@ -5,7 +5,7 @@ A row takes pieces of documents, which are ranges of such arrays: nothing is cop
 Legend: D documents, N ids of all of them, S spans of all, B rows, L row length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import repeat
@@ -63,13 +63,12 @@ class Streams:
             np.array(counts, dtype=np.int64).reshape(-1, len(Modality)),
         )
 
-    def pieces(self, references: Sequence[Any]) -> list["Piece"]:
+    def pieces(self, references: Iterable[Any]) -> list["Piece"]:
         """Every document as one piece."""
         begins, spans = self.starts.tolist(), self.span_starts.tolist()
-        counts = self.counts.tolist()
-        return list(
-            map(Piece, references, repeat(self), begins, begins[1:], spans, spans[1:], counts)
-        )
+        counts = zip(*self.counts.T.tolist(), strict=True)
+        columns = zip(references, repeat(self), begins, begins[1:], spans, spans[1:], counts)
+        return list(map(tuple.__new__, repeat(Piece), columns))  # half the time of Piece(...)
 
     # slices of memory are made faster than those of arrays
 

@@ -71,7 +71,7 @@ class BlockLayout:
             yield self._write(segments, runs, first, last)
             first = last
 
-    def _place(self, segments: Segments, keys: np.ndarray) -> "_Runs":
+    def _place(self, segments: Segments, keys: np.ndarray) -> _Runs:
         written, null = self._choose(segments, keys)
         modality = segments.modality[written]
 
@@ -93,6 +93,7 @@ class BlockLayout:
         header = HEADERS[modality] + self._separator_sizes[separator]
         ends = offsets(header + length + ~text)
         frame = offsets(2 + null)  # <bod>, <null> and <eod>
+        begin = ends[:-1] + (frame[:-1] + 1 + null)[document]
         first = np.searchsorted(document, np.arange(len(null) + 1))
         return _Runs(
             starts=ends[first] + frame,
@@ -103,51 +104,44 @@ class BlockLayout:
             sides=sides,
             length=length,
             separator=separator,
-            begin=ends[:-1] + (frame[:-1] + 1 + null)[document],
-            codes=ends[:-1] + (frame[:-1] + 1 + null)[document] + header,
+            begin=begin,
+            codes=begin + header,
         )
 
-    def _write(self, segments: Segments, runs: "_Runs", first: int, last: int) -> Streams:
+    def _write(self, segments: Segments, runs: _Runs, first: int, last: int) -> Streams:
         """Documents first to last - 1."""
-        origin, name = runs.starts[first], self._vocabulary.structure_id
-        inside = slice(runs.first[first], runs.first[last])
+        origin, inside = runs.starts[first], slice(runs.first[first], runs.first[last])
         modality, length, sides = runs.modality[inside], runs.length[inside], runs.sides[inside]
         begin, codes = runs.begin[inside] - origin, runs.codes[inside] - origin
-        starts, null = runs.starts[first : last + 1] - origin, runs.null[first:last]
-
+        starts = runs.starts[first : last + 1] - origin
         tokens = np.empty(starts[-1], TOKEN)
         tokens["modality"] = Modality.TEXT
         tokens["loss_weight"] = 1
-        ids, weights = tokens["ids"], tokens["loss_weight"]
-        ids[starts[:-1]], ids[starts[1:] - 1] = name("<bod>"), name("<eod>")
-        ids[starts[:-1][null] + 1] = name("<null>")
-        weights[starts[:-1]] = weights[starts[:-1][null] + 1] = 0
-        separator = runs.separator[inside]
-        sizes = self._separator_sizes[separator]
-        ids[ranges(begin, sizes)] = self._separators[
-            ranges(self._separator_starts[separator], sizes)
-        ]
+        self._write_frames(tokens, starts, runs.null[first:last])
+        self._write_separators(tokens, begin, runs.separator[inside])
         for medium in Modality:
             chosen = np.flatnonzero(modality == medium)
             if not chosen.size:
                 continue
-            places = ranges(codes[chosen], length[chosen])
             segment = runs.segment[inside][chosen]
             if medium == Modality.SPEECH:  # of which several runs may be one segment
                 segment = segment[np.diff(segment, prepend=-1) != 0]
-            ids[places] = self._ids(medium, segments.codes(segment), sides[chosen, 2])
+            places = ranges(codes[chosen], length[chosen])
+            tokens["ids"][places] = self._ids(medium, segments.codes(segment), sides[chosen, 2])
             if medium in MEDIA:
                 tokens["modality"][places] = medium
-                self._write_headers(ids, medium, begin[chosen], sides[chosen])
-                ids[codes[chosen] + length[chosen]] = name(END[medium])
+                self._write_headers(tokens, medium, begin[chosen], sides[chosen])
+                end = codes[chosen] + length[chosen]
+                tokens["ids"][end] = self._vocabulary.structure_id(END[medium])
+
         media = modality != Modality.TEXT
         spans = np.stack([codes, length, modality, *sides.T], axis=1)[media]
-        span_starts = offsets(media)[runs.first[first : last + 1] - runs.first[first]]
-        document = np.repeat(np.arange(last - first), np.diff(runs.first[first : last + 1]))
+        firsts = runs.first[first : last + 1] - runs.first[first]
+        document = np.repeat(np.arange(last - first), np.diff(firsts))[media]
         counts = np.zeros((last - first, len(Modality)), dtype=np.int64)
-        np.add.at(counts, (document[media], modality[media]), length[media])
+        np.add.at(counts, (document, modality[media]), length[media])
         counts[:, Modality.TEXT] = np.diff(starts) - counts.sum(axis=1)
-        return Streams(tokens, starts, spans, span_starts, counts)
+        return Streams(tokens, starts, spans, offsets(media)[firsts], counts)
 
     def _choose(self, segments: Segments, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The segments that are written, in order; and which documents lost a condition (D,)."""
@@ -183,13 +177,27 @@ class BlockLayout:
             raise UserError(f"{name} codes must be in [0, {sizes[bad.argmax()]})")
         return (books + starts).reshape(-1)
 
-    def _write_headers(
-        self, ids: np.ndarray, medium: Modality, begin: np.ndarray, sides: np.ndarray
+    def _write_frames(self, tokens: np.ndarray, starts: np.ndarray, null: np.ndarray) -> None:
+        """What stands around documents; nothing predicts `<bod>` and `<null>`."""
+        name, first, second = self._vocabulary.structure_id, starts[:-1], starts[:-1][null] + 1
+        tokens["ids"][first] = name("<bod>")
+        tokens["ids"][second] = name("<null>")
+        tokens["ids"][starts[1:] - 1] = name("<eod>")
+        tokens["loss_weight"][first] = tokens["loss_weight"][second] = 0
+
+    def _write_separators(
+        self, tokens: np.ndarray, begin: np.ndarray, separator: np.ndarray
     ) -> None:
-        ids[begin] = self._vocabulary.structure_id(BEGIN[medium])
-        written = sides[:, 3 - NUM_GRID_SIZES[medium] :]
-        if (wrong := (written < 1) | (written > NUM_SIZES)).any():
-            self._vocabulary.size_id(int(written[wrong][0]))
-        ids[begin[:, None] + np.arange(1, 1 + written.shape[1])] = (
-            self._vocabulary.size_id(1) + written - 1
-        )
+        sizes = self._separator_sizes[separator]
+        which = ranges(self._separator_starts[separator], sizes)
+        tokens["ids"][ranges(begin, sizes)] = self._separators[which]
+
+    def _write_headers(
+        self, tokens: np.ndarray, medium: Modality, begin: np.ndarray, sides: np.ndarray
+    ) -> None:
+        sides = sides[:, 3 - NUM_GRID_SIZES[medium] :]
+        if (wrong := (sides < 1) | (sides > NUM_SIZES)).any():
+            self._vocabulary.size_id(int(sides[wrong][0]))  # says so
+        places = begin[:, None] + np.arange(1, 1 + sides.shape[1])
+        tokens["ids"][begin] = self._vocabulary.structure_id(BEGIN[medium])
+        tokens["ids"][places] = self._vocabulary.size_id(1) + sides - 1

@@ -86,7 +86,12 @@ def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[
 
 
 class LogicalStream:
-    """One stream: where it is in each source, and what waits in its packer."""
+    """One stream: where it is in each source, and what waits in its packer.
+
+    Documents are laid out ahead of their rows, many at once. In memory are of each source: where
+    the segments of at most `AHEAD` documents lie, 64k of their ids (1 MB, or one longer document),
+    and older parts of that size as long as a piece of them waits, which is at most `buffer` rows.
+    """
 
     def __init__(
         self, number: int, config: DataConfig, sources: Mapping[str, Source], schedule: Schedule
@@ -192,15 +197,16 @@ class LogicalStream:
         for streams in parts:
             chosen = reads[first : first + len(streams)]
             first += len(streams)
-            references = list(zip(repeat(place), chosen, repeat(0)))
-            documents = list(zip(streams.pieces(references)))
+            documents = streams.pieces(zip(repeat(place), chosen, repeat(0)))
+            begin = 0
             for long in np.flatnonzero(np.diff(streams.starts) > self.config.length).tolist():
-                [document] = documents[long]
-                documents[long] = tuple(
+                yield from zip(documents[begin:long])
+                yield tuple(
                     piece._replace(reference=(place, chosen[long], number))
-                    for number, piece in enumerate(self.packer.split(document))
+                    for number, piece in enumerate(self.packer.split(documents[long]))
                 )
-            yield from documents
+                begin = long + 1
+            yield from zip(documents[begin:])
 
 
 class Plan(NamedTuple):

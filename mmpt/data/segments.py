@@ -56,8 +56,8 @@ class Segments:
 class SegmentIndex:
     """Finds the segments of documents by their number over all shards.
 
-    A block is checked when it is first used, and from then on 5 bytes of each of its documents are
-    kept; codes and tables stay in the mapped files.
+    A block is checked when it is first used, and from then on 9 bytes of each of its documents are
+    kept in memory; codes and tables stay in the mapped files.
     """
 
     def __init__(self, shards: Sequence[TokenShard]) -> None:

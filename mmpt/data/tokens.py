@@ -179,7 +179,7 @@ class Block:
     def rows(self) -> np.ndarray:
         """Where each document's rows of the segment table begin, and the end of the last."""
         documents = self.arrays["spans"][:, 0]
-        return np.searchsorted(documents, np.arange(len(self) + 1))
+        return np.searchsorted(documents, np.arange(len(self) + 1)).astype(np.uint32)
 
     def begin(self, name: str) -> int:
         """The first byte in the file of the values of an array."""

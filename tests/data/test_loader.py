@@ -139,6 +139,34 @@ def test_rows_parse_back_into_whole_spans(config, vocabulary):
             list(parse(rows.ids[row][rows.document[row] >= 0].numpy(), vocabulary))
 
 
+class OneByOne:
+    """A source that gives its documents singly, and notes which it was asked for."""
+
+    def __init__(self, source):
+        self.name, self.fingerprint, self._source = source.name, source.fingerprint, source
+        self.asked = []
+
+    def __len__(self):
+        return len(self._source)
+
+    def stream(self, number):
+        self.asked.append(number)
+        return self._source.stream(number)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concatenation"])
+def test_a_source_of_single_documents_gives_the_same_rows_and_is_not_read_ahead(
+    config, vocabulary, packing
+):
+    config = replace(config, packing=packing)
+    blocks, single = (Loader(config, vocabulary, seed=5) for _ in range(2))
+    single.sources = {name: OneByOne(source) for name, source in single.sources.items()}
+    assert_equal(list(islice(single, 30)), list(islice(blocks, 30)))
+    assert single.state_dict() == blocks.state_dict()
+    for name, source in single.sources.items():
+        assert source.asked == list(range(single.state_dict()["streams"]["0"]["cursors"][name][0]))
+
+
 def test_a_state_of_other_settings_is_refused_in_one_line(config, vocabulary):
     state = Loader(config, vocabulary, seed=0).state_dict()
     other = Loader(replace(config, length=64), vocabulary, seed=0)
