@@ -108,20 +108,23 @@ def pack_arrays(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> di
     padding = _padding(length, pad_id)
     whole: list[Piece] = []  # which fill the rows
     numbers: list[int] = []  # of their documents
+    sizes: list[int] = []
     for row, pieces in enumerate(rows):
-        room = length - sum([piece.end - piece.begin for piece in pieces])
+        filled = [piece.end - piece.begin for piece in pieces]
+        room = length - sum(filled)
         if room < 0:
             raise ValueError(f"row {row} holds {length - room} ids, more than {length}; split it")
         whole += pieces
+        sizes += filled
         numbers += range(len(pieces))
         if room:
             whole.append(Piece(None, padding, 0, room, 0, 0, ()))
+            sizes.append(room)
             numbers.append(-1)
     memory = b"".join([piece.streams.token_memory[piece.begin : piece.end] for piece in whole])
     tokens = np.frombuffer(memory, TOKEN).reshape(-1, length)
-    sizes = np.array([piece.end - piece.begin for piece in whole], dtype=np.int64)
     starts = offsets(sizes)[:-1]
-    document = np.repeat(numbers, sizes).reshape(tokens.shape)
+    document = np.repeat(np.array(numbers, dtype=np.int64), sizes).reshape(tokens.shape)
     position = np.arange(document.size) - np.repeat(starts, sizes)
     position = position.reshape(tokens.shape)
     position[document < 0] = 0

@@ -54,25 +54,20 @@ class Stream:
 
 
 class StreamBuilder:
-    """Writes a document's ids from left to right; after `clear` the next one."""
+    """Writes a document's ids from left to right."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._structure: dict[str, int] = {}
-        self._books: dict[Modality, tuple[int, int] | None] = {}
-        self.clear()
-
-    def clear(self) -> "StreamBuilder":
-        """Forget what was written; what `build` gave stays as it is."""
         self._ids: list[np.ndarray | list[int]] = []
         self._runs: list[tuple[int, int, Modality, float]] = []  # (start, stop, modality, weight)
         self._spans: list[Span] = []
         self._length = 0
-        return self
 
     def structure(self, *names: str, weight: float = 1.0) -> "StreamBuilder":
         """Append structure ids by name."""
-        return self._append([self._id(name) for name in names], Modality.TEXT, weight)
+        return self._append(
+            [self.vocabulary.structure_id(name) for name in names], Modality.TEXT, weight
+        )
 
     def text(self, codes: np.ndarray | Sequence[int], *, weight: float = 1.0) -> "StreamBuilder":
         """Append text codes (n,), which are ids already."""
@@ -89,12 +84,12 @@ class StreamBuilder:
         Q codebooks are flattened into the last side, which counts ids: (h, w Q) or (frames Q,).
         """
         codes = np.asarray(codes, dtype=np.int64)
-        ids = self._media_ids(modality, codes)
+        ids = self.vocabulary.ids_of(modality, codes)
         self.header(modality, codes.shape, weight=weight)
         grid = (1,) * (3 - codes.ndim) + codes.shape
         self._spans.append(Span(self._length, codes.size, modality, grid))  # type: ignore[arg-type] # 3 sides by construction
         self._append(ids.reshape(-1), modality, weight)
-        return self._append([self._id(END[modality])], Modality.TEXT, weight)
+        return self._append([self.vocabulary.structure_id(END[modality])], Modality.TEXT, weight)
 
     def header(
         self, modality: Modality, shape: Sequence[int], *, weight: float = 1.0
@@ -105,7 +100,9 @@ class StreamBuilder:
                 f"{modality.name.lower()} needs {NUM_GRID_SIZES[modality]} sides: {shape}"
             )
         sizes = [self.vocabulary.size_id(side) for side in shape]
-        return self._append([self._id(BEGIN[modality]), *sizes], Modality.TEXT, weight)
+        return self._append(
+            [self.vocabulary.structure_id(BEGIN[modality]), *sizes], Modality.TEXT, weight
+        )
 
     def build(self) -> Stream:
         """The stream written so far; the builder may go on."""
@@ -122,21 +119,6 @@ class StreamBuilder:
                 loss_weight[start:stop] = weight
         ids = np.concatenate(self._ids, dtype=np.int64)
         return Stream(ids, modality, loss_weight, list(self._spans))
-
-    def _id(self, name: str) -> int:
-        if name not in self._structure:
-            self._structure[name] = self.vocabulary.structure_id(name)
-        return self._structure[name]
-
-    def _media_ids(self, modality: Modality, codes: np.ndarray) -> np.ndarray:
-        # with one codebook it is a sum, which `Vocabulary.ids_of` is far from
-        if modality not in self._books:
-            first, *others = self.vocabulary.ranges_of(modality)
-            self._books[modality] = None if others else (first.start, first.size)
-        book = self._books[modality]
-        if book and _within(codes, book[1]):
-            return codes + book[0]
-        return self.vocabulary.ids_of(modality, codes)
 
     def _append(
         self, ids: np.ndarray | list[int], modality: Modality, weight: float

@@ -2,7 +2,8 @@
 
 Training and evaluation lay documents out differently, and nothing else may: the model sees in
 training what it is asked for at inference. `<null>` stands where a condition was dropped, so that
-guidance has an unconditional branch `<bod> <null> <boi> ...`.
+guidance has an unconditional branch `<bod> <null> <boi> ...`. What is said here of one document,
+`blocks` does to many at once.
 """
 
 import numpy as np
@@ -22,21 +23,19 @@ def to_stream(
     *,
     separator: np.ndarray,
     condition_drop: float = 0.1,
-    builder: StreamBuilder | None = None,
 ) -> Stream:
     """`<bod>` segments... `<eod>`; segments of a document of order "any" are permuted by `rng`.
 
     With probability `condition_drop` it is `<bod> <null>` one random segment `<eod>` instead; a
     document of fixed order then keeps one of its media, or all of it when it is text alone.
     `separator` (text codes) stands between adjacent text segments. `<bod>` and `<null>` have
-    weight 0: nothing predicts them. A `builder` of this vocabulary that wrote other documents is
-    faster than a fresh one.
+    weight 0: nothing predicts them.
     """
     media = [segment for segment in document.segments if segment.modality in MEDIA]
     free, num = document.order == "any", len(document.segments)
     places, kept = draw(rng, num, num if free else len(media), free, condition_drop)
     segments = [document.segments[place] for place in places]
-    builder = (builder or StreamBuilder(vocabulary)).clear().structure("<bod>", weight=0.0)
+    builder = StreamBuilder(vocabulary).structure("<bod>", weight=0.0)
     if kept is not None:
         builder.structure("<null>", weight=0.0)
         segments = [(segments if free else media)[kept]]
