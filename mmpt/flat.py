@@ -45,14 +45,14 @@ class Streams:
     def of(cls, streams: Sequence["Stream"]) -> "Streams":
         """Documents that were laid out one by one."""
         starts = offsets([len(stream) for stream in streams])
-        tokens = np.empty(starts[-1], TOKEN)
-        for name in TOKEN.names or ():
-            tokens[name] = np.concatenate([[], *(getattr(stream, name) for stream in streams)])
-        spans = [
-            (start + span.start, span.length, span.modality, *span.grid)
-            for start, stream in zip(starts.tolist(), streams, strict=False)
-            for span in stream.spans
-        ]
+        tokens, spans = np.empty(starts[-1], TOKEN), []
+        for start, stream in zip(starts.tolist(), streams, strict=False):
+            for name in TOKEN.names or ():
+                tokens[name][start : start + len(stream)] = getattr(stream, name)
+            spans += [
+                (start + span.start, span.length, span.modality, *span.grid)
+                for span in stream.spans
+            ]
         table = np.array(spans, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS) - 1)
         counts = [np.bincount(stream.modality, minlength=len(Modality)) for stream in streams]
         return cls(
@@ -106,9 +106,9 @@ class Piece(NamedTuple):
 def pack_arrays(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """The fields of `Rows` as arrays; a row without pieces is all padding."""
     padding = _padding(length, pad_id)
-    whole: list[Piece] = []  # which fill the rows
-    numbers: list[int] = []  # of their documents
+    whole: list[Piece] = []  # which fill the rows, with padding
     sizes: list[int] = []
+    numbers: list[int] = []  # of their documents
     for row, pieces in enumerate(rows):
         filled = [piece.end - piece.begin for piece in pieces]
         room = length - sum(filled)

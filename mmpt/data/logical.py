@@ -63,8 +63,8 @@ class DataConfig:
             raise UserError("data.quotas are not kept by concatenation; choose another packing")
 
 
-# where a piece comes from: the source's place among the names in order, how many documents the
-# stream had read of it before, and which piece of the document it is
+# where a piece comes from: the source's place among the names in order, how many documents of it
+# the stream had read before, and which piece of the document it is
 Reference = tuple[int, int, int]
 
 
@@ -162,8 +162,7 @@ class LogicalStream:
 
     def _is_read(self, name: str) -> bool:
         return (
-            name in self._ends
-            and self._document(self.mixer.cursors[name].read) >= (self._ends[name])
+            name in self._ends and self._document(self.mixer.cursors[name].read) >= self._ends[name]
         )
 
     def _document(self, read: int) -> int:
@@ -177,15 +176,14 @@ class LogicalStream:
     def _documents(self, name: str, place: int) -> Iterator[tuple[Piece, ...]]:
         """The documents of a source from its cursor on, each as its pieces.
 
-        They are laid out in blocks that grow until they have enough ids.
+        It looks ahead for more and more of them, so that the first row does not wait.
         """
-        read, number = self.mixer.cursors[name].read, 16
+        many = isinstance(self.sources[place], BlockSource)
+        read, number = self.mixer.cursors[name].read, 16 if many else 1
         while True:
-            if not isinstance(self.sources[place], BlockSource):
-                number = 1
             yield from self._lay_out(place, range(read, read + number))
             read += number
-            number = min(2 * number, AHEAD)
+            number = min(2 * number, AHEAD) if many else 1
 
     def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
         source, first = self.sources[place], 0
