@@ -68,7 +68,9 @@ class DataConfig:
 Reference = tuple[int, int, int]
 
 
-AHEAD = 2048  # documents of each source that a stream looks ahead for, once it runs
+AHEAD = 2048  # documents that are looked for ahead of their rows, over all streams and sources
+LEAST_AHEAD = 256  # of one source of one stream
+MEAN_IDS = 128  # of a document; of longer ones it is fewer
 
 
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
@@ -89,8 +91,9 @@ class LogicalStream:
     """One stream: where it is in each source, and what waits in its packer.
 
     Documents are laid out ahead of their rows, many at once. In memory are of each source: where
-    the segments of at most `AHEAD` documents lie, 64k of their ids (1 MB, or one longer document),
+    the segments of these documents lie; at most 64k of their ids (1 MB), or one longer document;
     and older parts of that size as long as a piece of them waits, which is at most `buffer` rows.
+    That is about 3 MB for one stream of one source, and 1 MB for each of many.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class LogicalStream:
             for name, source in sources.items()
             if (epochs := config.sources[name].max_epochs) is not None
         }
+        self._most = max(AHEAD // (config.streams * len(sources)), LEAST_AHEAD)
         self._open()
 
     def row(self, row: int, weights: Mapping[str, float] | None) -> list[Piece]:
@@ -178,12 +182,14 @@ class LogicalStream:
 
         It looks ahead for more and more of them, so that the first row does not wait.
         """
-        many = isinstance(self.sources[place], BlockSource)
-        read, number = self.mixer.cursors[name].read, 16 if many else 1
+        many, cursor = isinstance(self.sources[place], BlockSource), self.mixer.cursors[name]
+        number = 16 if many else 1
         while True:
-            yield from self._lay_out(place, range(read, read + number))
-            read += number
-            number = min(2 * number, AHEAD) if many else 1
+            before = cursor.tokens
+            yield from self._lay_out(place, range(cursor.read, cursor.read + number))
+            mean = (cursor.tokens - before) // number
+            fewer = self._most * MEAN_IDS // max(mean, 1) + 1
+            number = min(2 * number, self._most, fewer) if many else 1
 
     def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
         source, first = self.sources[place], 0
