@@ -66,6 +66,11 @@ class Loader(Iterator[Rows]):
         self._rows += self.config.rows
         return Rows.from_arrays(self._deal(parts))
 
+    def padding(self) -> Rows:
+        """A batch of this rank that has no documents."""
+        rows = len(self._numbers) * self.config.rows // self.config.streams
+        return Rows.pack([[]] * rows, self.config.length, self._pad)
+
     def close(self) -> None:
         """End the workers; the next batch starts others."""
         for reader in self._readers:

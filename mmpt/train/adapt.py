@@ -15,6 +15,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.decode.dida import JointRows, corrupt, denoising_loss, joint_forward
 from mmpt.model.transformer import Decoder
+from mmpt.model.weights import files_of
 from mmpt.stream import Rows
 from mmpt.train.checkpoint import begun_with, latest
 from mmpt.train.loop import Trainer, TrainResult, checkpoints_of
@@ -50,19 +51,23 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
     """What `adapt` runs."""
     vocabulary = begun_with(checkpoints_of(run), vocabulary)
     start = find_model(recipe.start)
-    model = Decoder.load(start, vocabulary=vocabulary)
-    model.add_noisy_groups(seed=recipe.seed)
-    model.freeze_for_adaptation()
+
+    def build() -> Decoder:
+        model = Decoder.load(start, vocabulary=vocabulary)
+        model.add_noisy_groups(seed=recipe.seed)
+        model.freeze_for_adaptation()
+        return model
+
     objective = Denoise(vocabulary, recipe.loss_weights, max_noisy=recipe.max_noisy)
     return Trainer(
-        recipe, run, model=model, vocabulary=vocabulary, objective=objective, start=start
+        recipe, run, build=build, vocabulary=vocabulary, objective=objective, start=start
     )
 
 
 def find_model(folder: str | Path) -> Path:
     """A model folder, or the newest checkpoint of a run folder."""
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file():
+    if files_of(folder):
         return folder
     newest = latest(checkpoints_of(folder))
     if newest is None:

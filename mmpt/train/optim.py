@@ -1,11 +1,14 @@
 """The optimiser: AdamW with decay by rule; learning rates are pure functions of the step."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from mmpt.config import UserError
 
@@ -46,16 +49,20 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained, in two groups: with and without weight decay."""
-    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    """AdamW over the parameters that are trained, in groups: with and without weight decay.
+
+    Parameters that are spread over other ranks are in groups of their own, for what is computed
+    together must be spread alike.
+    """
+    groups: dict[tuple[bool, DeviceMesh | None], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter)].append((name, parameter))
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups[decays(name, parameter), mesh].append((name, parameter))
     return torch.optim.AdamW(
         [
             {"params": named, "weight_decay": config.weight_decay if decay else 0.0}
-            for decay, named in groups.items()
-            if named
+            for (decay, _), named in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -72,12 +79,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use this rate from now on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """The gradients' norm before clipping; they are scaled down to `limit` unless it is 0."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
 
 
 def _height(step: int, steps: int, config: OptimConfig) -> float:

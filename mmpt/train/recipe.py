@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeVar
 from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.model.config import ModelConfig
+from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
+from mmpt.train.parallel import ParallelConfig
 from mmpt.vocab import Modality, Vocabulary
 
 # what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
@@ -17,6 +19,7 @@ from mmpt.vocab import Modality, Vocabulary
 FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
+    *("keep_every", "parallel.*", "guard.stall"),
 )
 
 
@@ -33,8 +36,11 @@ class RunRecipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     checkpoint_every: int = 200  # steps
-    keep: int = 2  # checkpoints
-    max_bad_steps: int = 10  # steps in a row whose loss is not finite, before the run stops
+    keep: int = 2  # checkpoints, the newest ones
+    keep_every: int = 0  # steps whose checkpoints are kept for good, as a multiple; 0: none
+    max_bad_steps: int = 10  # steps in a row that are skipped, before the run stops
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -91,8 +97,11 @@ def fit_model(config: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
     return replace(config, vocab_size=len(vocabulary), vocabulary=vocabulary.fingerprint)
 
 
-def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
-    """Store the resolved recipe in the run folder; a resumed run must have the same one."""
+def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool, write: bool = True) -> None:
+    """Store the resolved recipe in the run folder; a resumed run must have the same one.
+
+    write: only one of several ranks does.
+    """
     path = run / "recipe.toml"
     if resumed and path.is_file():
         # options that came later have their defaults
@@ -105,7 +114,8 @@ def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
                     f"{run} was begun with {key} = {theirs.get(key)}, now it is {ours.get(key)}; "
                     "restore the old value or choose a new --out"
                 )
-    write_atomic(path, to_toml(recipe))
+    if write:
+        write_atomic(path, to_toml(recipe))
 
 
 def _is_free(key: str) -> bool:

@@ -235,5 +235,5 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(make_model, tmp_path):
     make_model().save(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"no readable model\.safetensors"):
+    with pytest.raises(UserError, match=r"no readable weights"):
         Decoder.load(folder)

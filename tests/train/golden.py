@@ -1,0 +1,85 @@
+"""Three steps of a small model as one rank of several, by every layout that so many ranks can have.
+
+`python golden.py RECIPE OUT LAYOUTS.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each: losses and the
+gradients of the first step, whole, and which media each rank saw.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from forked import fork, joined
+
+from mmpt.config import load_recipe
+from mmpt.model.collectives import whole
+from mmpt.train.loop import pretrainer
+from mmpt.train.parallel import ParallelConfig
+from mmpt.train.recipe import TrainRecipe
+from mmpt.vocab import Vocabulary
+
+STEPS = 3
+
+
+def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, object]:
+    """What they gave."""
+    trainer = pretrainer(recipe, folder, vocabulary=Vocabulary.load(recipe.vocabulary))
+    if kind == "sgd":
+        trainer.optimizer = torch.optim.SGD(
+            [{"params": trainer.model.parameters()}], lr=1.0, foreach=False
+        )
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: object) -> None:
+        if not gradients:
+            for name, parameter in trainer.model.named_parameters():
+                assert parameter.grad is not None, name
+                gradients[name] = whole(parameter.grad).clone()
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    media, losses = [], []
+    prepare = trainer.objective.prepare
+
+    def prepare_and_note(rows, generator):
+        media.append(sorted(set(rows.modality[rows.document >= 0].tolist())))
+        return prepare(rows, generator)
+
+    trainer.objective.prepare = prepare_and_note
+    for _ in range(STEPS):
+        row = trainer.step()
+        losses.append(
+            [row["loss"], row["grad_norm"], *(m["loss"] for m in row["modality"].values())]
+        )
+    weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    trainer.loader.close()
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": weights,
+        "media": media,
+        "load": row["load"],
+    }
+
+
+def run(
+    rank: int, count: int, layouts: dict[str, dict[str, Any]], recipe: TrainRecipe, out: Path
+) -> None:
+    """All layouts of `count` ranks, as one of them."""
+    with joined(rank, count):
+        for name, layout in layouts.items():
+            for kind in ("sgd", "adamw"):
+                laid_out = replace(recipe, parallel=ParallelConfig(**layout))
+                result = three_steps(laid_out, out / f"{name}-{count}-{kind}", kind)
+                torch.save(result, out / f"{name}-{count}-{kind}-{rank}.pt")
+
+
+def main() -> None:
+    recipe, out = load_recipe(TrainRecipe, sys.argv[1]), Path(sys.argv[2])
+    for count, layouts in json.loads(Path(sys.argv[3]).read_text()).items():
+        fork(run, int(count), layouts, recipe, out)
+
+
+if __name__ == "__main__":
+    main()
