@@ -9,9 +9,8 @@ Legend: B batch, T row, D width, V vocabulary.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,16 @@ class Layer(nn.Module):
         dispatch: Dispatch,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        compute = self._compute
-        if self.recompute is not None and torch.is_grad_enabled() and cache is None:
-            compute = partial(
-                checkpoint,
-                self._compute,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=self.recompute,
-            )
-        return compute(x_BTD, rotary, pieces, dispatch, cache)
+        inputs = x_BTD, rotary, pieces, dispatch, cache
+        if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
+            return self._compute(*inputs)
+        return checkpoint(  # type: ignore[return-value] # it gives what the function gives
+            self._compute,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self.recompute,
+        )
 
     def _compute(
         self,

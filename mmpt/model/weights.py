@@ -10,9 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from einops import rearrange
 from safetensors import safe_open
+from torch import distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mmpt.model.config import ModelConfig
 
@@ -31,20 +39,44 @@ def read_tensors(folder: str | Path, name: str = "model") -> dict[str, torch.Ten
     if files[0].parent == Path(folder):
         with safe_open(files[0], framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    reader = part_reader(files[0].parent)
-    listed = reader.read_metadata().state_dict_metadata
     tensors = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in listed.items()
+        key: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for key, meta in list_parts(files[0].parent).items()
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    read_parts(tensors, files[0].parent, alone=True)
     return tensors
 
 
-def part_reader(folder: str | Path) -> dcp.HuggingFaceStorageReader:
-    """Reads the parts in a folder."""
-    return dcp.HuggingFaceStorageReader(str(folder))
+def list_parts(folder: str | Path) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of every tensor whose parts are in a folder."""
+    listed = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: meta for key, meta in listed.items() if isinstance(meta, TensorStorageMetadata)}
+
+
+def read_parts(
+    tensors: Mapping[str, torch.Tensor], folder: str | Path, *, alone: bool = False
+) -> None:
+    """Overwrite tensors, or the parts of them that this rank has; all ranks call it.
+
+    alone: this process reads by itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        load(
+            {key: tensor.detach() for key, tensor in tensors.items()},
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            no_dist=alone or not distributed.is_initialized(),
+        )
+
+
+def write_parts(
+    tensors: Mapping[str, torch.Tensor], folder: str | Path, group: ProcessGroup | None
+) -> None:
+    """Write this rank's parts; all ranks of the group call it, or one process without a group."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def fingerprint(folder: str | Path) -> str:

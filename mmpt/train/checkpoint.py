@@ -16,24 +16,31 @@ import logging
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmpt.config import UserError
 from mmpt.data.loader import merge_states
 from mmpt.model.collectives import fill
+from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
-from mmpt.model.weights import files_of, part_reader, read_tensors, upgrade
+from mmpt.model.weights import (
+    files_of,
+    list_parts,
+    read_parts,
+    read_tensors,
+    upgrade,
+    write_parts,
+)
 from mmpt.processor import FILE as PROCESSOR_FILE
 from mmpt.processor import ProcessorSettings
 from mmpt.vocab import Vocabulary
@@ -70,11 +77,12 @@ class Checkpoints:
         self, folder: str | Path, *, keep: int = 2, keep_every: int = 0, device: str = "cpu"
     ) -> None:
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
-        self.rank, self.count, self._group = 0, 1, None
+        self.rank, self.count = 0, 1
+        self._group: ProcessGroup | None = None
         if distributed.is_initialized():
             self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
             # what training sends must not wait for what is written
-            self._group: ProcessGroup | None = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo")  # type: ignore[assignment] # torch's hint knows ranks outside of it
         self._pinned = device != "cpu"
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
@@ -142,7 +150,7 @@ class Checkpoints:
         reason = None
         try:
             act(*arguments)
-        except dcp.CheckpointException as error:  # every rank raises it
+        except CheckpointException as error:  # every rank raises it
             failures = [str(each[0]) for each in error.failures.values()]
             reason = " ".join(failures[0].split())[:200]
         except (OSError, SafetensorError) as error:
@@ -173,15 +181,7 @@ class Checkpoints:
         if not tensors:
             return
         folder.mkdir(exist_ok=True)
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+        write_parts(tensors, folder, self._group)
 
     def _finish(self, temporary: Path, path: Path, moment: Moment) -> None:
         (temporary / f"loader-{self.rank:05d}.json").write_text(json.dumps(moment.loader))
@@ -231,19 +231,21 @@ def load_checkpoint(
     weights = dict(model.named_parameters())
     more: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        _read_into(path, "model", model.state_dict(), version, model)
+        _read_into(path, model.state_dict(), version, model.config)
         if optimizer is not None:
             optimizer.state.clear()
-            for name, tensor in _read_like(path, "optimizer", weights, version, model).items():
+            for name, tensor in _read_like(
+                path, "optimizer", weights, version, model.config
+            ).items():
                 weight, _, key = name.rpartition(":")
                 optimizer.state[weights[weight]][key] = tensor
         for name in extra:
             if files_of(path, name):
-                more[name] = _read_like(path, name, weights, version, model)
+                more[name] = _read_like(path, name, weights, version, model.config)
         if version > 1:
             files = sorted(path.glob("loader-*.json"))
             state["loader"] = merge_states([json.loads(file.read_text()) for file in files])
-    except (RuntimeError, KeyError, ValueError, SafetensorError, dcp.CheckpointException) as error:
+    except (RuntimeError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {path} is of another model: {reason}") from None
     return state, more
@@ -328,60 +330,46 @@ def _verify(path: Path, checksums: Mapping[str, str]) -> None:
 
 
 def _read_into(
-    path: Path, name: str, tensors: dict[str, torch.Tensor], version: int, model: Decoder
+    path: Path, tensors: dict[str, torch.Tensor], version: int, config: ModelConfig
 ) -> None:
-    if version > 1:
-        # not strict as to what is read, so that what is missing here is said by name
-        listed = part_reader(path / name).read_metadata().state_dict_metadata
-        if different := listed.keys() ^ tensors.keys():
-            raise KeyError(f"{min(different)} is in one of them only")
-        for key, tensor in tensors.items():
-            if listed[key].size != tensor.shape:
-                raise ValueError(f"{key} has shape {tuple(listed[key].size)} there")
-        _read_parts(tensors, path / name)
-        return
-    old = upgrade(read_tensors(path, name), version, model.config)
-    if old.keys() != tensors.keys():
-        raise KeyError(f"{min(old.keys() ^ tensors.keys())} is in one of them only")
+    """The weights; KeyError or ValueError names what does not fit."""
+    old = {} if version > 1 else upgrade(read_tensors(path), version, config)
+    sizes = {key: tensor.shape for key, tensor in old.items()} or {
+        key: meta.size for key, meta in list_parts(path / "model").items()
+    }
+    if different := sizes.keys() ^ tensors.keys():
+        raise KeyError(f"{min(different)} is in one of them only")
     for key, tensor in tensors.items():
-        fill(tensor, old[key])
+        if sizes[key] != tensor.shape:
+            raise ValueError(f"{key} has shape {tuple(sizes[key])} there")
+    if version > 1:
+        read_parts(tensors, path / "model")
+    for key, value in old.items():
+        fill(tensors[key], value)
 
 
 def _read_like(
-    path: Path, name: str, weights: Mapping[str, torch.Tensor], version: int, model: Decoder
+    path: Path,
+    name: str,
+    weights: Mapping[str, torch.Tensor],
+    version: int,
+    config: ModelConfig,
 ) -> dict[str, torch.Tensor]:
     """Tensors `weight` or `weight:state`, spread as their weights are; scalars are whole."""
     if not files_of(path, name):
         return {}
+    tensors: dict[str, torch.Tensor] = {}
+    old = {} if version > 1 else upgrade(read_tensors(path, name), version, config)
+    for key, meta in (old or list_parts(path / name)).items():
+        like = weights[key.rpartition(":")[0] or key]
+        size = meta.shape if isinstance(meta, torch.Tensor) else meta.size
+        # the step too, though it has no dimensions: fused AdamW counts beside the parameter
+        tensors[key] = torch.empty_like(like) if size else torch.empty((), device=like.device)
     if version > 1:
-        listed = part_reader(path / name).read_metadata().state_dict_metadata
-        tensors = {
-            key: torch.empty_like(weights[key.rpartition(":")[0] or key], dtype=meta.properties.dtype)
-            if meta.size
-            else torch.empty((), dtype=meta.properties.dtype)
-            for key, meta in listed.items()
-        }
-        _read_parts(tensors, path / name)
-    else:
-        tensors = {}
-        for key, value in upgrade(read_tensors(path, name), version, model.config).items():
-            like = weights[key.rpartition(":")[0] or key]
-            tensors[key] = torch.empty_like(like) if value.ndim else value
-            if value.ndim:
-                fill(tensors[key], value)
-    device = next(iter(weights.values())).device
-    # the step too, though it has no dimensions: fused AdamW counts beside the parameter
-    return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-
-def _read_parts(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
-        dcp.load(
-            {key: tensor.detach() for key, tensor in tensors.items()},
-            storage_reader=part_reader(folder),
-            no_dist=not distributed.is_initialized(),
-        )
+        read_parts(tensors, path / name)
+    for key, value in old.items():
+        fill(tensors[key], value)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,7 +38,8 @@ class Laps:
 
 
 def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, float) and isinstance(end, float):
-        return end - begin
-    assert isinstance(begin, torch.cuda.Event)
-    return begin.elapsed_time(end) / 1000
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1000
+    assert isinstance(begin, float)
+    assert isinstance(end, float)
+    return end - begin

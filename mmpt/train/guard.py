@@ -75,7 +75,6 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._seen = {
-            name: deque(values, maxlen=self.config.window)
-            for name, values in state["seen"].items()
+            name: deque(values, maxlen=self.config.window) for name, values in state["seen"].items()
         }
         self.skipped, self.in_a_row = dict(state["skipped"]), state["in_a_row"]

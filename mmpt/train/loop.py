@@ -378,9 +378,7 @@ class Trainer:
     def _judge(
         self, loss: float, norm: float, nats: Sequence[float], counts: Sequence[float]
     ) -> str | None:
-        by_name = {
-            f"the {m.name.lower()} loss": nats[m] / counts[m] for m in Modality if counts[m]
-        }
+        by_name = {f"the {m.name.lower()} loss": nats[m] / counts[m] for m in Modality if counts[m]}
         reason = self.guard.judge({"the loss": loss, **by_name, "the gradient": norm})
         if reason:
             log.warning("step %d is skipped: %s", self.counters.step + 1, reason)
@@ -403,8 +401,8 @@ class Trainer:
             self.saved.wait()
             raise UserError(
                 f"{self.guard.in_a_row} steps in a row were skipped ({reason}), up to step "
-                f"{self.counters.step}; begin a new run with a lower optim.lr (now {rate:.2g}): the "
-                f"last good checkpoint is {latest(self.checkpoints)}"
+                f"{self.counters.step}; begin a new run with a lower optim.lr (now {rate:.2g}): "
+                f"the last good checkpoint is {latest(self.checkpoints)}"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mmpt.config import UserError

@@ -21,7 +21,8 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import distributed, nn
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -108,7 +109,7 @@ class Ranks:
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self._opened = True
         self.rank = distributed.get_rank()
-        self.mesh = distributed.init_device_mesh(self.device.type, grid, mesh_dim_names=SIDES)
+        self.mesh = init_device_mesh(self.device.type, grid, mesh_dim_names=SIDES)
         self.data_rank, self.num_data = self.rank // config.tensor, self.count // config.tensor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that slices of flattened sides will change
@@ -211,13 +212,11 @@ class Ranks:
             warnings.simplefilter("ignore")
             copies = self.config.replicate > 1
             mesh = self.mesh["replicate", over] if copies else self.mesh[over]
-        fully_shard(
-            module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=_free_side
-        )
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=_free_side)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients together, wherever their parts are: a scalar, equal on all ranks."""
+    """The norm of all gradients together, wherever their parts are; equal on all ranks."""
     parts: dict[tuple[ProcessGroup, ...], list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -229,8 +228,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
             parts.setdefault(groups, []).append(mine)
     total = torch.zeros(())
     for groups, gradients in parts.items():
-        norms = torch._foreach_norm(gradients)
-        square = torch.stack([norm.double().square() for norm in norms]).sum()
+        square = nn.utils.get_total_norm(gradients).double().square()
         for group in groups:
             distributed.all_reduce(square, group=group)
         total = total.to(square) + square
@@ -247,8 +245,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Te
         for p in parameters
         if p.grad is not None
     ]
-    if factor is not None and mine:
-        torch._foreach_mul_(mine, factor.to(mine[0]))
+    if factor is not None:
+        for gradient in mine:
+            gradient.mul_(factor.to(gradient))
     return norm
 
 
@@ -260,7 +259,8 @@ def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, *sides: Shard) -
 
 def _free_side(weight: nn.Parameter) -> Shard:
     """The first side that experts and tensors leave whole; only side 0 need not come out even."""
-    taken = {p.dim for p in weight.placements if p.is_shard()} if isinstance(weight, DTensor) else ()
+    sides = weight.placements if isinstance(weight, DTensor) else ()
+    taken = {side.dim for side in sides if isinstance(side, Shard)}
     return Shard(next(side for side in range(weight.ndim) if side not in taken))
 
 

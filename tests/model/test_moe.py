@@ -43,7 +43,10 @@ def _loop(layer, config, x, modality):
         best = (scores.detach() + getattr(experts, "balance", 0)).topk(experts.num_active).indices
         y = torch.zeros_like(x[b, t])
         for e in best.tolist():
-            gate, up = x[b, t] @ experts.bank.gate_up[e, :, 0], x[b, t] @ experts.bank.gate_up[e, :, 1]
+            gate, up = (
+                x[b, t] @ experts.bank.gate_up[e, :, 0],
+                x[b, t] @ experts.bank.gate_up[e, :, 1],
+            )
             expert = (F.silu(gate) * up) @ experts.bank.down[e]
             y = y + scores[e] * (2 / experts.num_active) * expert
         out[b, t] = y

@@ -1,7 +1,7 @@
 """Three steps of a small model as one rank of several, by every layout that so many ranks can have.
 
-`python golden.py RECIPE OUT LAYOUTS.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each: losses and the
-gradients of the first step, whole, and which media each rank saw.
+`python golden.py RECIPE OUT LAYOUTS.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each:
+losses and the gradients of the first step, whole, and which media each rank saw.
 """
 
 import json
@@ -39,7 +39,7 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
                 gradients[name] = whole(parameter.grad).clone()
 
     trainer.optimizer.register_step_pre_hook(keep)
-    media, losses = [], []
+    media, losses, norms = [], [], []
     prepare = trainer.objective.prepare
 
     def prepare_and_note(rows, generator):
@@ -49,13 +49,13 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
     trainer.objective.prepare = prepare_and_note
     for _ in range(STEPS):
         row = trainer.step()
-        losses.append(
-            [row["loss"], row["grad_norm"], *(m["loss"] for m in row["modality"].values())]
-        )
+        losses.append([row["loss"], *(medium["loss"] for medium in row["modality"].values())])
+        norms.append(row["grad_norm"])
     weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     trainer.loader.close()
     return {
         "losses": losses,
+        "norms": norms,
         "gradients": gradients,
         "weights": weights,
         "media": media,

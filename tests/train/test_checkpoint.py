@@ -33,8 +33,7 @@ def trained(model):
 def save(tmp_path, trained, vocabulary):
     def at(step, *, folder=tmp_path, **options):
         saved = Checkpoints(folder, **options)
-        path = saved.save(*trained, moment(step, vocabulary))
-        return path
+        return saved.save(*trained, moment(step, vocabulary))
 
     return at
 
@@ -155,9 +154,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, save):
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
-    tmp_path, trained, vocabulary
-):
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path, trained, vocabulary):
     model, optimizer = trained
     saved = Checkpoints(tmp_path)
     saved.save(model, optimizer, moment(1, vocabulary))

@@ -1,7 +1,6 @@
 import itertools
 
 import pytest
-import torch
 
 from mmpt.config import UserError
 from mmpt.train.optim import OptimConfig, build_optimizer, decays, learning_rate

@@ -37,6 +37,7 @@ LAYOUTS = {
 }
 CASES = [(name, count) for count, layouts in LAYOUTS.items() for name in layouts]
 
+
 def one_medium_each(number: int) -> list[EncodedDocument]:
     """Documents of one medium, half of them text: many rows lack most media."""
     rng = np.random.default_rng(0)
@@ -53,9 +54,9 @@ def one_medium_each(number: int) -> list[EncodedDocument]:
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory, run_script):
-    """What 1, 2 and 4 ranks gave: (layout, ranks, optimiser) -> the results of the ranks."""
-    folder = tmp_path_factory.mktemp("golden")
+def recipe_file(tmp_path_factory):
+    """A small model and rows of one medium each, as a file."""
+    folder = tmp_path_factory.mktemp("ranks")
     vocabulary = Vocabulary.build(
         num_text=300,
         text_fingerprint="text-1",
@@ -73,9 +74,7 @@ def golden(tmp_path_factory, run_script):
         "text": GroupConfig(
             modalities=("text",), num_experts=4, num_active=2, router="token_choice"
         ),
-        "visual": GroupConfig(
-            modalities=("image", "video"), num_experts=2, router="token_choice"
-        ),
+        "visual": GroupConfig(modalities=("image", "video"), num_experts=2, router="token_choice"),
         "speech": GroupConfig(modalities=("speech",)),
     }
     model = ModelConfig(
@@ -102,11 +101,19 @@ def golden(tmp_path_factory, run_script):
         optim=OptimConfig(lr=1e-2, warmup=2),
         loss_weights={"speech": 3.0},
         z_loss=1e-3,
+        checkpoint_every=3,
         seed=3,
     )
     (folder / "recipe.toml").write_text(to_toml(recipe))
+    return folder / "recipe.toml"
+
+
+@pytest.fixture(scope="module")
+def golden(recipe_file, run_script):
+    """What 1, 2 and 4 ranks gave: (layout, ranks, optimiser) -> the results of the ranks."""
+    folder = recipe_file.parent
     (folder / "layouts.json").write_text(json.dumps(LAYOUTS))
-    run_script("golden.py", folder / "recipe.toml", folder, folder / "layouts.json")
+    run_script("golden.py", recipe_file, folder, folder / "layouts.json")
     return {
         (name, count, kind): [
             torch.load(folder / f"{name}-{count}-{kind}-{rank}.pt", weights_only=True)
@@ -133,6 +140,7 @@ def test_gradients_and_losses_are_those_of_one_process(golden, name, count):
                 assert difference <= 5e-6 * one["gradients"][weight].norm(), weight
             for ours, theirs in zip(rank["losses"], one["losses"], strict=True):
                 assert ours == pytest.approx(theirs, rel=limit)
+            assert rank["norms"] == pytest.approx(one["norms"], rel=1e-5)
             assert rank["load"] == one["load"]
 
 
@@ -141,6 +149,12 @@ def test_media_are_absent_on_some_ranks(golden):
     assert len({tuple(rank["media"][0]) for rank in ranks}) > 1
     everything = set().union(*(rank["media"][0] for rank in ranks))
     assert any(set(rank["media"][0]) < everything for rank in ranks)
+
+
+def test_killed_ranks_go_on_and_experts_survive_other_ranks(recipe_file, run_script, tmp_path):
+    done = run_script("kill_and_resume.py", recipe_file, tmp_path, "--points", "3")
+    assert done.stdout.count("point") == 3
+    assert "4 -> 1 -> 2 ranks" in done.stdout
 
 
 def test_clipping_bounds_the_norm_and_reports_it(model):
