@@ -299,3 +299,12 @@ def extended_name(header: tarfile.TarInfo, data: bytes) -> str | None:
             return value.decode("utf-8", "surrogateescape")
         data = data[int(length) :]
     return None
+
+
+def count_samples(path: str | Path) -> int:
+    """About how many samples a tar has, as long as it is whole; 0 for what cannot be read here."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return len({named[0] for member in tar if (named := split_name(member.name))})
+    except (OSError, tarfile.TarError):
+        return 0

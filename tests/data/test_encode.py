@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from mmpt.config import UserError
-from mmpt.data.encode import count_codes, encode_shards, second_view, with_used_codes
+from mmpt.data.codes import count_codes, with_used_codes
 from mmpt.data.encode import encode as encode_command
+from mmpt.data.encode import encode_shards
 from mmpt.data.index import build_index, save_index
+from mmpt.data.shard_job import second_view
 from mmpt.data.shards import Document, is_heldout, write_shard
 from mmpt.data.tokens import EncodedDocument, TokenShard
 from mmpt.parts import Audio, Image, Text
@@ -30,9 +32,18 @@ class ByteProcessor:
     max_side: int = 64
     separator = np.array([10])
 
-    def encode_parts(self, parts):
+    def encode_batch(self, documents):
+        return [self.encode_document(parts) for parts in documents]
+
+    def to(self, device):
+        raise AssertionError(device)  # which is asked of processors on cards alone
+
+    def encode_document(self, parts):
         self.calls += 1
-        return [self._encode(part) for part in parts]
+        try:
+            return [self._encode(part) for part in parts]
+        except UserError as error:
+            return error
 
     def _encode(self, part):
         if isinstance(part, Text):
@@ -48,12 +59,12 @@ class FragileProcessor(ByteProcessor):
 
     folder: str = ""
 
-    def encode_parts(self, parts):
+    def encode_document(self, parts):
         mark = Path(self.folder) / "died"
         if self.calls == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode_parts(parts)
+        return super().encode_document(parts)
 
 
 @pytest.fixture
@@ -152,10 +163,10 @@ def test_an_interrupted_encoding_leaves_finished_shards_and_no_half_one(
     raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 5)]
 
     class Stopping(ByteProcessor):
-        def encode_parts(self, parts):
+        def encode_document(self, parts):
             if self.calls == 5:
                 raise KeyboardInterrupt
-            return super().encode_parts(parts)
+            return super().encode_document(parts)
 
     with pytest.raises(KeyboardInterrupt):
         encode(raws, tmp_path / "out", Stopping(vocabulary))
