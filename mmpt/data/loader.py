@@ -17,7 +17,7 @@ from mmpt.data.ahead import Ahead, Died
 from mmpt.data.logical import Arrays, DataConfig, Plan, States, batches, open_sources
 from mmpt.data.mix import SourceConfig, Stage, check_names
 from mmpt.data.pack import PackReport
-from mmpt.data.pipeline_source import of_pipelines, warn_of_restart
+from mmpt.data.pipeline_source import of_pipelines, warn_of_pipelines
 from mmpt.stream import Rows, pack_arrays
 from mmpt.vocab import Vocabulary
 
@@ -190,7 +190,7 @@ class Loader(Iterator[Rows]):
                 reason = death
                 log.warning("a data worker died (%s); another one goes on", reason)
                 share = self._shares()[place]
-                warn_of_restart(self.sources, self._states, share)
+                warn_of_pipelines(self.sources, self._states, share)
                 self._readers[place] = self._ahead(share)
         raise UserError(
             f"{MAX_DEATHS} data workers died one after another ({reason}); see how much memory is "
@@ -198,7 +198,7 @@ class Loader(Iterator[Rows]):
         )
 
     def _start(self) -> list[Iterator[tuple[Arrays, States]]]:
-        warn_of_restart(self.sources, self._states, self._numbers)
+        warn_of_pipelines(self.sources, self._states, self._numbers)
         if not self.config.workers:
             return [batches(self._plan(self._numbers), self.sources)]
         return [self._ahead(numbers) for numbers in self._shares()]

@@ -234,14 +234,20 @@ def of_pipelines(sources: Mapping[str, Any]) -> dict[str, PipelineSource]:
     return {name: each for name, each in sources.items() if isinstance(each, PipelineSource)}
 
 
-def warn_of_restart(
+def warn_of_pipelines(
     sources: Mapping[str, Any], states: Mapping[int, Mapping[str, Any]], numbers: Iterable[int]
 ) -> None:
-    """Say which sources cannot go on where these streams stopped, if they had begun."""
+    """Say which sources cannot go on, before these streams begin or after they stopped."""
     places = {name: place for place, name in enumerate(sources)}
     live = [name for name, source in of_pipelines(sources).items() if not source.begun]
     residues = [states[number]["residue"] for number in numbers if number in states]
-    if live and residues:
+    if live and not residues:
+        log.warning(
+            "%s: pipelines have no state; a run that is interrupted starts them anew, and is not "
+            "equal to one that is not",
+            ", ".join(live),
+        )
+    elif live:
         waiting = [np.asarray(each, np.int64).reshape(-1, 3)[:, 0] for each in residues]
         lost = np.isin(np.concatenate(waiting), [places[name] for name in live]).sum()
         log.warning(
