@@ -99,10 +99,12 @@ class PipelineSource:
             settings.tokenizers, vocabulary=self.vocabulary, max_side=settings.max_side
         )
 
-    @property
-    def begun(self) -> bool:
-        """Whether this process reads from it."""
-        return bool(self._feeds)
+    def stands_at(self, reads: Mapping[int, int]) -> bool:
+        """Whether it is being read here, and these streams have read so many documents."""
+        feeds = self._feeds
+        return bool(feeds) and all(
+            n in feeds and feeds[n].read == read for n, read in reads.items()
+        )
 
     def stream(self, number: int) -> Stream:
         """Document `number` of the endless sequence, laid out. Raises Gone for what is past."""
@@ -239,8 +241,13 @@ def warn_of_pipelines(
 ) -> None:
     """Say which sources cannot go on, before these streams begin or after they stopped."""
     places = {name: place for place, name in enumerate(sources)}
-    live = [name for name, source in of_pipelines(sources).items() if not source.begun]
-    residues = [states[number]["residue"] for number in numbers if number in states]
+    known = {number: states[number] for number in numbers if number in states}
+    residues = [state["residue"] for state in known.values()]
+    live = [
+        name
+        for name, source in of_pipelines(sources).items()
+        if not source.stands_at({n: state["cursors"][name][0] for n, state in known.items()})
+    ]
     if live and not residues:
         log.warning(
             "%s: pipelines have no state; a run that is interrupted starts them anew, and is not "

@@ -158,6 +158,10 @@ def test_a_run_that_goes_on_starts_the_pipeline_anew_and_says_so(folder, caplog)
     assert "live: pipelines have no state" in at_first
     assert "live: pipelines cannot go on" in warning
     assert f"{waiting} pieces" in warning
+    other.load_state_dict(state)  # and so does one that was elsewhere
+    next(other)
+    assert other.summary()["samples"]["live"]["lost"] == waiting
+    assert caplog.records[-1].message == warning
 
 
 def test_the_rest_of_a_document_that_is_lost_is_lost_too(folder):
