@@ -17,6 +17,7 @@ from mmpt.config import UserError
 from mmpt.data.mix import Mixer, Schedule, SourceConfig, Stage
 from mmpt.data.order import ShardSource, Source
 from mmpt.data.pack import PACKERS, Packer, PackReport, Piece
+from mmpt.data.pipeline_source import Gone, PipelineSource, of_pipelines
 from mmpt.data.tokens import open_shards
 from mmpt.stream import Stream, pack_arrays
 from mmpt.vocab import Modality, Vocabulary
@@ -74,16 +75,17 @@ class Reference(NamedTuple):
 
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
     """The sources by name, in the order of names."""
-    return {
-        name: ShardSource(
-            name,
-            open_shards(source.shards, vocabulary),
-            vocabulary,
-            seed=seed,
-            condition_drop=config.condition_drop,
-        )
-        for name, source in sorted(config.sources.items())
-    }
+    sources: dict[str, Source] = {}
+    drop = config.condition_drop
+    for name, source in sorted(config.sources.items()):
+        if source.pipeline:
+            sources[name] = PipelineSource(
+                name, source, vocabulary, seed=seed, streams=config.streams, condition_drop=drop
+            )
+        else:
+            shards = open_shards(source.shards, vocabulary)
+            sources[name] = ShardSource(name, shards, vocabulary, seed=seed, condition_drop=drop)
+    return sources
 
 
 class LogicalStream:
@@ -99,6 +101,7 @@ class LogicalStream:
             config.length, buffer=config.buffer, quotas=quotas
         )
         self.mixer = Mixer(list(sources))
+        self._live = of_pipelines(sources)
         self._places = {name: place for place, name in enumerate(sources)}
         self._ends = {  # how many documents each source has in all
             name: len(source) * epochs
@@ -127,16 +130,24 @@ class LogicalStream:
             "residue": flat.reshape(-1, len(Reference._fields)),
             "taken": self.packer.taken,
             "report": report | {"ids": dict(report["ids"])},
+            "live": {name: each.counts(self.number) for name, each in self._live.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: what waited in the packer is read again."""
+        """Go on from `state`: what waited in the packer is read again, where it can be."""
         self.mixer.load(state)
+        for name, source in self._live.items():
+            read = self.mixer.cursors[name].read
+            source.resume(self.number, read, state.get("live", {}).get(name, {}))
         read = lru_cache(maxsize=4)(self._pieces)  # a document's pieces stand together
+        taken = state["taken"]  # of the oldest piece
         for entry in np.asarray(state["residue"], dtype=np.int64).tolist():
             reference = Reference(*entry)
-            self.packer.add(Piece(reference, read(*reference[:2])[reference.piece]))
-        self.packer.taken = state["taken"]
+            try:
+                self.packer.add(Piece(reference, read(*reference[:2])[reference.piece]))
+            except Gone:
+                taken = taken if len(self.packer) else 0
+        self.packer.taken = taken
         self.packer.report = PackReport(**state["report"] | {"ids": dict(state["report"]["ids"])})
 
     def _weigh(self, row: int, weights: Mapping[str, float] | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
+from mmpt.data.pipeline_source import with_processors
 from mmpt.model.config import ModelConfig
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
@@ -19,6 +20,7 @@ from mmpt.vocab import Modality, Vocabulary
 FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
+    *("data.sources.*.processor", "data.sources.*.quarantine"),
     *("keep_every", "parallel.*", "guard.stall"),
 )
 
@@ -87,6 +89,8 @@ def load_run_recipe(
     if not recipe.vocabulary:
         raise UserError(f"{path}: vocabulary is missing; give the vocabulary.json of mmpt encode")
     vocabulary = Vocabulary.load(recipe.vocabulary)
+    sources = with_processors(recipe.data.sources, Path(recipe.vocabulary).parent)
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     if isinstance(recipe, TrainRecipe):
         recipe = replace(recipe, model=fit_model(recipe.model, vocabulary))
     return recipe, vocabulary

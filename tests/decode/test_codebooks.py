@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmpt.data.encode import count_codes, with_used_codes
+from mmpt.data.codes import count_codes, with_used_codes
 from mmpt.data.layout import write_segments
 from mmpt.data.tokens import EncodedDocument, ShardWriter, TokenShard
 from mmpt.decode.ar import generate_block

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.encode import with_used_codes
+from mmpt.data.codes import with_used_codes
 from mmpt.model.transformer import Decoder
 from mmpt.processor import ProcessorSettings
 from mmpt.train.adapt import Denoise, adapt, find_model
