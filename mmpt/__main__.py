@@ -96,6 +96,11 @@ VERBS = {
         "adapt a model to parallel decoding",
         "examples/recipes/tiny-adapt.toml --out runs/tiny-dida",
     ),
+    "export": (
+        "mmpt.train.export:export",
+        "write the model of a run as one folder of safetensors",
+        "runs/tiny --out models/tiny",
+    ),
     "eval": (
         "mmpt.eval.heldout:evaluate_model",
         "held-out likelihood of a model by modality, beside baselines",

@@ -271,6 +271,22 @@ def latest(folder: str | Path) -> Path | None:
     return next(reversed(list_checkpoints(folder)), None)
 
 
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run) / "checkpoints"
+
+
+def find_model(folder: str | Path) -> Path:
+    """A model folder, or the newest checkpoint of a run folder."""
+    folder = Path(folder)
+    if files_of(folder):
+        return folder
+    newest = latest(checkpoints_of(folder))
+    if newest is None:
+        raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
+    return newest
+
+
 def begun_with(folder: str | Path, vocabulary: Vocabulary) -> Vocabulary:
     """The vocabulary of a run's newest checkpoint, or `vocabulary` when it has none.
 

@@ -30,6 +30,8 @@ from mmpt.train.checkpoint import (
     Checkpoints,
     Moment,
     begun_with,
+    checkpoints_of,
+    find_model,
     find_processor,
     latest,
     load_checkpoint,
@@ -122,8 +124,14 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
                 "name the tokenizers that encoded the data"
             )
 
+    start = find_model(recipe.start) if recipe.start else None
+    if start is not None and recipe.codes_from:
+        raise UserError("start and codes_from both say what the first weights are; leave one out")
+
     def initialise(model: Decoder) -> None:
         model.initialise(recipe.seed)
+        if start is not None:
+            model.fill(start)
         generator = torch.Generator().manual_seed(recipe.seed)
         for codec in codecs:
             ranges, latents = vocabulary.ranges_of(codec.modality), codec.code_latents()
@@ -136,14 +144,10 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
         run,
         build=lambda: Decoder(recipe.model),
         initialise=initialise,
+        start=start,
         vocabulary=vocabulary,
         objective=NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise),
     )
-
-
-def checkpoints_of(run: str | Path) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path(run) / "checkpoints"
 
 
 class Trainer:
@@ -251,7 +255,7 @@ class Trainer:
         laps.lap("ranks")
         losses = [self._backward(batch, weight, laps) for batch in batches] if weight else []
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
-        total, nats, counts, num_tokens = self._sum(losses, num_tokens)
+        total, num_tokens, nats, counts, noisy = self._sum(losses, num_tokens)
         self.ranks.sum_loads(self.model)
         laps.lap("ranks")
         loss = total / (weight or 1.0)
@@ -274,6 +278,7 @@ class Trainer:
             "grad_norm": finite_or_none(norm),
             "loss": finite_or_none(loss),
             "modality": by_modality(nats, counts),
+            "noisy": by_modality(*noisy),
             "load": loads,
             "sources": {name: round(share, 4) for name, share in self.loader.mix().items()},
             "bad_steps": counters.bad_steps,
@@ -336,10 +341,6 @@ class Trainer:
 
     def _read(self) -> tuple[list[Any], int]:
         """Batches of this rank on its device, and how many ids they have."""
-        seed = mix_keys(self.recipe.seed, self.counters.step)
-        if self.ranks.data_rank:  # other rows get other noise
-            seed = mix_keys(seed, self.ranks.data_rank)
-        generator = torch.Generator().manual_seed(seed >> 1)
         rows = list(islice(self.loader, self.recipe.accumulate))
         num_tokens = sum(int((each.document >= 0).sum()) for each in rows)
         if not self.ranks.sum(torch.tensor(float(num_tokens))).item():
@@ -350,8 +351,18 @@ class Trainer:
             )
         if self.ranks.count > 1:  # others wait for this one, though its streams have ended
             rows += [self.loader.padding()] * (self.recipe.accumulate - len(rows))
-        batches = [self.objective.prepare(each, generator) for each in rows]
+        batches = [
+            self.objective.prepare(each, self._generators(number, len(each.ids)))
+            for number, each in enumerate(rows)
+        ]
         return [batch.to(self.device) for batch in batches], num_tokens
+
+    def _generators(self, batch: int, rows: int) -> list[torch.Generator]:
+        """One for each of this rank's rows of a batch, by its number among those of all ranks."""
+        key = mix_keys(mix_keys(self.recipe.seed, self.counters.step), batch)
+        numbers = range(self.ranks.data_rank, rows * self.ranks.num_data, self.ranks.num_data)
+        seeds = [mix_keys(key, number) >> 1 for number in numbers]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
         enabled = self.recipe.precision == "bf16"
@@ -364,16 +375,15 @@ class Trainer:
 
     def _sum(
         self, losses: Sequence[Losses], num_tokens: int
-    ) -> tuple[float, list[float], list[float], int]:
-        """Over batches and ranks: the weighted loss, nats and counts by modality, and ids."""
-        zeros = torch.zeros(len(Modality), dtype=torch.float64, device=self.device)
-        total = zeros.new_tensor([float(num_tokens), 0.0])
-        parts = [torch.stack([zeros, zeros])]
+    ) -> tuple[float, int, list[float], list[float], tuple[list[float], list[float]]]:
+        """Of all batches and ranks: weighted loss, ids, nats and counts by modality, noisy ones."""
+        sums = torch.zeros(5, len(Modality), dtype=torch.float64, device=self.device)
+        sums[0, 1] = num_tokens
         for each in losses:
-            total[1] += each.total.detach()
-            parts.append(torch.stack([each.nats, each.counts]))
-        flat = self.ranks.sum(torch.cat([total, torch.stack(parts).sum(0).flatten()])).tolist()
-        return flat[1], flat[2 : 2 + len(Modality)], flat[2 + len(Modality) :], int(flat[0])
+            sums[0, 0] += each.total.detach()
+            sums[1:] += torch.stack([each.nats, each.counts, *(each.noisy or sums[1:3] * 0)])
+        (total, num, *_), nats, counts, *noisy = self.ranks.sum(sums).tolist()
+        return total, int(num), nats, counts, (noisy[0], noisy[1])
 
     def _judge(
         self, loss: float, norm: float, nats: Sequence[float], counts: Sequence[float]

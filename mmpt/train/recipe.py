@@ -65,6 +65,7 @@ class TrainRecipe(RunRecipe):
     z_loss: float = 0.0
     noise: float = 0.0  # share of codes shown as other codes, see `NextToken`
     codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
+    start: str = ""  # a model folder or run whose weights are the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class AdaptRecipe(RunRecipe):
 
     start: str = ""
     max_noisy: int = 512  # noisy ids a row
+    autoregressive: float = 0.0  # weight of predicting clean ids; above 0 all weights are trained
 
 
 R = TypeVar("R", bound=RunRecipe)
