@@ -43,7 +43,13 @@ from mmpt.train.metrics import (
     last_line,
     summary,
 )
-from mmpt.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from mmpt.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    initialise_mup,
+    learning_rate,
+    set_learning_rate,
+)
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
 from mmpt.vocab import Vocabulary
 
@@ -111,6 +117,7 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
     vocabulary = begun_with(checkpoints_of(run), vocabulary)
     vocabulary.check(recipe.model.vocabulary, what="the recipe's model")
     model = Decoder.from_config(recipe.model, seed=recipe.seed)
+    initialise_mup(model, recipe.optim)
     generator = torch.Generator().manual_seed(recipe.seed)
     for codec in map(load_codec, recipe.codes_from):
         if vocabulary.fingerprint_of(codec.modality) != codec.fingerprint:
