@@ -128,6 +128,8 @@ def initialise_mup(model: Decoder, config: OptimConfig) -> None:
     """Make a fresh model's first weights those of `mup_base_width`; nothing where that is 0."""
     factor = _width_factor(model, config)
     model.norm.scale.mul_(factor)
+    if model.head is not None and config.mup_base_width:
+        model.head.zero_()  # else its random part would fade with the width (microsoft/mup#7)
     for name, parameter in model.named_parameters():
         if name.endswith(".router"):  # its output has no width: 1 / fan in, not its root
             parameter.mul_(factor**0.5)
