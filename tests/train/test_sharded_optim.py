@@ -1,6 +1,7 @@
 """Two ranks, each with its shards, take the steps that one process takes; and their states fit."""
 
 import multiprocessing
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmpt.model.transformer import Decoder
+from mmpt.train.ema import Average
 from mmpt.train.optim import OptimConfig, build_optimizer
 
 MUON = OptimConfig(kind="muon", lr=0.02)
@@ -48,12 +50,20 @@ def _one_rank(rank: int, folder: Path, config: Any) -> None:
     optimizer = build_optimizer(model, MUON)
     take_steps(model, optimizer, range(2))
     dcp.save(state_of(model, optimizer), checkpoint_id=folder / "state")
+    average, hidden = Average(model, 0.5), []
     half = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     take_steps(model, optimizer, range(2, 3))
+    average.update(0)
     whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    ids, modality = torch.arange(6)[None], torch.zeros(1, 6, dtype=torch.long)
+    with torch.no_grad():
+        for block in (nullcontext(), average.swapped(), nullcontext()):
+            with block:
+                hidden.append(model(ids, modality=modality))
     if rank == 0:
         save_file(half, folder / "half.safetensors")
         save_file(whole, folder / "whole.safetensors")
+        save_file(dict(zip("abc", hidden, strict=True)), folder / "hidden.safetensors")
     torch.distributed.destroy_process_group()
 
 
@@ -98,3 +108,15 @@ def test_what_ranks_saved_goes_on_in_one_process(make_ranks, config, model):
     sharded = load_file(folder / "whole.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(sharded[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_average_is_used_inside_of_the_block_only(make_ranks, config, model):
+    folder = make_ranks(config)
+    found = load_file(folder / "hidden.safetensors")
+    assert torch.equal(found["a"], found["c"])
+    half, whole = (load_file(folder / f"{name}.safetensors") for name in ("half", "whole"))
+    mean = {name: 0.1 * half[name] + 0.9 * whole[name] for name in half}
+    ids, modality = torch.arange(6)[None], torch.zeros(1, 6, dtype=torch.long)
+    for name, weights in (("a", whole), ("b", mean)):
+        model.load_state_dict(weights, strict=False)
+        torch.testing.assert_close(model(ids, modality=modality), found[name])
