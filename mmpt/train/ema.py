@@ -26,7 +26,8 @@ class Average:
         So the first weights fade in a short run too: the decay is at most (1 + step) / (10 + step).
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self._means.values()), list(self._trained.values()), 1 - decay)
+        means, trained = list(self._means.values()), list(self._trained.values())
+        torch._foreach_lerp_(means, trained, 1 - decay)  # type: ignore # it has no public name
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -143,7 +143,7 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use this rate from now on, times the factor of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

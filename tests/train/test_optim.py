@@ -6,6 +6,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
 from mmpt.muon import Matrices
+from mmpt.train.loop import train
 from mmpt.train.optim import (
     OptimConfig,
     build_optimizer,
@@ -134,7 +135,26 @@ def test_clipping_bounds_the_norm_and_reports_it(model):
     assert clip_gradients(model, 0.0) == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"decay": 1.5}, {"warmup": -1}])
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.0}, {"decay": 1.5}, {"warmup": -1}, {"hold": -1}, {"mup_base_width": -1}]
+)
 def test_values_without_sense_are_refused(options):
     with pytest.raises(UserError):
         OptimConfig(**options)
+
+
+def test_a_run_of_muon_and_mup_resumes_bit_equal(tmp_path, another, vocabulary, tensors_equal):
+    optim = OptimConfig(kind="muon", warmup=2, schedule="power", mup_base_width=8)
+    recipe = another(optim=optim, steps=6, checkpoint_every=3)
+
+    def kill(metrics):
+        if metrics["step"] == 5:
+            raise ZeroDivisionError
+
+    def run(folder, on_step=None):
+        options = {"vocabulary": vocabulary, "progress": False, "on_step": on_step}
+        return Decoder.load(train(recipe, folder, **options).checkpoint).state_dict()
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "killed", kill)
+    assert tensors_equal(run(tmp_path / "killed"), run(tmp_path / "whole"))
