@@ -86,6 +86,11 @@ VERBS = {
         "turn raw shards into token shards",
         "data/sampler/emoji-train-*.tar --out build/tokens",
     ),
+    "plan": (
+        "mmpt.plan:plan",
+        "say before a run what its numbers should be",
+        "examples/recipes/tiny.toml --suggest",
+    ),
     "train": (
         "mmpt.train.loop:train_command",
         "pretrain a model from a recipe",

@@ -238,6 +238,8 @@ def load_checkpoint(
                 path, "optimizer", weights, version, model.config
             ).items():
                 weight, _, key = name.rpartition(":")
+                if not tensor.ndim and not optimizer.defaults.get("fused"):
+                    tensor = tensor.cpu()  # counted on the host, unless it counts beside the weight
                 optimizer.state[weights[weight]][key] = tensor
         for name in extra:
             if files_of(path, name):
@@ -379,7 +381,6 @@ def _read_like(
     for key, meta in (old or list_parts(path / name)).items():
         like = weights[key.rpartition(":")[0] or key]
         size = meta.shape if isinstance(meta, torch.Tensor) else meta.size
-        # the step too, though it has no dimensions: fused AdamW counts beside the parameter
         tensors[key] = torch.empty_like(like) if size else torch.empty((), device=like.device)
     if version > 1:
         read_parts(tensors, path / name)

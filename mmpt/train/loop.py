@@ -37,6 +37,7 @@ from mmpt.train.checkpoint import (
     load_checkpoint,
 )
 from mmpt.train.clock import Laps
+from mmpt.train.ema import Average
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
 from mmpt.train.metrics import (
@@ -48,7 +49,12 @@ from mmpt.train.metrics import (
     last_line,
     summary,
 )
-from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
+from mmpt.train.optim import (
+    build_optimizer,
+    initialise_mup,
+    learning_rate,
+    set_learning_rate,
+)
 from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
 from mmpt.vocab import Modality, Vocabulary
@@ -130,6 +136,7 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
 
     def initialise(model: Decoder) -> None:
         model.initialise(recipe.seed)
+        initialise_mup(model, recipe.optim)
         if start is not None:
             model.fill(start)
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -183,6 +190,7 @@ class Trainer:
             total_rows=recipe.steps * recipe.accumulate * recipe.data.rows,
         )
         self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.counters, self.guard = Counters(), Guard(recipe.guard)
         self.saved = Checkpoints(
             self.checkpoints,
@@ -305,6 +313,7 @@ class Trainer:
             loader=self.loader.state_dict(),
             vocabulary=self.vocabulary,
             processor=self.processor,
+            extra={"average": self.average.state_dict()} if self.average else {},
         )
 
     def _build(
@@ -325,7 +334,11 @@ class Trainer:
         path = latest(self.checkpoints)
         keep_recipe(self.folder, self.recipe, resumed=path is not None, write=self.ranks.first)
         if path is not None:
-            state, _ = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+            state, more = load_checkpoint(
+                path, model=self.model, optimizer=self.optimizer, extra=("average",)
+            )
+            if self.average:
+                self.average.load_state_dict(more["average"])
             self.counters = Counters(**state["counters"])
             self.loader.load_state_dict(state["loader"])
             if "guard" in state:  # which older ones have not
@@ -401,6 +414,8 @@ class Trainer:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.model.update_balance()
+            if self.average:
+                self.average.update(self.counters.step)
         else:
             self.model.update_balance(0.0)
         self.optimizer.zero_grad()

@@ -35,6 +35,7 @@ class RunRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
     accumulate: int = 1  # batches a step
+    ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0: none
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     checkpoint_every: int = 200  # steps
@@ -49,6 +50,8 @@ class RunRecipe:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema = {self.ema}; use 0 for no average, or less than 1")
         known = [modality.name.lower() for modality in Modality]
         for name, weight in self.loss_weights.items():
             if name not in known or weight < 0:
