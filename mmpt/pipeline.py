@@ -8,7 +8,6 @@
 it again. Each sample has its own generator, so a batch gives what its singles give.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from mmpt.decode.dida import denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.model.transformer import Decoder
+from mmpt.model.weights import fingerprint
 from mmpt.parts import Part, Text, Video, load_part
 from mmpt.process import pick_device
 from mmpt.processor import Processor
 from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.video import GROUP
-from mmpt.train.adapt import find_model
+from mmpt.train.checkpoint import find_model
 from mmpt.vocab import MEDIA, Modality
 
 
@@ -77,8 +77,7 @@ class Pipeline:
         folder = find_model(folder)
         processor = Processor.from_folder(folder)
         model = Decoder.load(folder, vocabulary=processor.vocabulary).to(pick_device(device))
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        return cls(model, processor, fingerprint=digest[:16])
+        return cls(model, processor, fingerprint=fingerprint(folder))
 
     def __call__(
         self,

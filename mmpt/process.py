@@ -1,7 +1,9 @@
 """This process: where it computes, and the wish to stop it."""
 
+import logging
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +14,23 @@ import torch
 
 from mmpt.config import UserError
 
+log = logging.getLogger(__name__)
+
 
 class StopRequest:
-    """Turns the first SIGINT and the first SIGTERM into a flag; a second one acts as usual."""
+    """Turns the first SIGINT, SIGTERM and SIGUSR1 into a flag; a second one acts as usual.
+
+    status: 130 after SIGINT, as of other programs; a scheduler's signals end in 0. requeue: it was
+    SIGUSR1, by which a scheduler says that the time is up.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.requeue, self.status = False, False, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -31,9 +39,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked, self.requeue = True, self.requeue or number == signal.SIGUSR1
+        self.status = 130 if number == signal.SIGINT else self.status
         # torchrun sends SIGTERM after the terminal's SIGINT: only the same one again is a second
         signal.signal(number, self._before[number])
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again; nothing where there is no SLURM."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+        )
+        log.warning("requeue of job %s: %s", job, done.stderr.strip() or "asked for")
 
 
 @contextmanager

@@ -130,9 +130,46 @@ class Processor:
         """The ids between two adjacent texts: a new line."""
         return text_ids(self.text, "\n")
 
+    def to(self, device: torch.device | str) -> "Processor":
+        """This processor, whose media codecs compute there from now on."""
+        for codec in self.media.values():
+            codec.to(device)
+        return self
+
     def encode_parts(self, parts: Sequence[Part]) -> list[Segment]:
         """Local codes of each part, in order. Raises UserError in one line for what cannot be."""
-        return [self._encode(part) for part in parts]
+        [encoded] = self.encode_batch([parts])
+        if isinstance(encoded, UserError):
+            raise encoded
+        return encoded
+
+    def encode_batch(self, documents: Sequence[Sequence[Part]]) -> list[list[Segment] | UserError]:
+        """`encode_parts` of several documents, or why one of them cannot be encoded.
+
+        Media of equal shape go through their codec together.
+        """
+        made: list[list[Segment | UserError]] = []
+        groups: dict[tuple[Modality, torch.Size], list[tuple[int, int, torch.Tensor]]] = {}
+        for number, parts in enumerate(documents):
+            made.append([])
+            for place, part in enumerate(parts):
+                try:
+                    ready = self._prepare(part)
+                except UserError as error:
+                    made[-1].append(error)
+                    break  # the rest of this document is not needed
+                if isinstance(ready, Segment):
+                    made[-1].append(ready)
+                    continue
+                modality, medium = ready
+                made[-1].append(Segment(modality, np.zeros(0)))
+                groups.setdefault((modality, medium.shape), []).append((number, place, medium))
+        for (modality, _), items in groups.items():
+            codes = _encode_all(self.media[modality], [medium for _, _, medium in items])
+            for (number, place, _), each in zip(items, codes, strict=True):
+                failed = isinstance(each, UserError)
+                made[number][place] = each if failed else Segment(modality, each)
+        return [_whole(document) for document in made]
 
     def decode_segments(self, segments: Sequence[Segment]) -> list[Part]:
         """The parts of segments; speech spans that follow each other are one sound."""
@@ -146,25 +183,24 @@ class Processor:
             raise UserError(f"this model has no {modality.name.lower()} tokenizer")
         return self.media[modality]
 
-    def _encode(self, part: Part) -> Segment:
+    def _prepare(self, part: Part) -> Segment | tuple[Modality, torch.Tensor]:
+        """Text as codes; other media as their codec takes them, without the batch."""
         if isinstance(part, Text):
             return Segment(Modality.TEXT, text_ids(self.text, part.text))
         if isinstance(part, Image):
             codec = self._codec(Modality.IMAGE)
             pixels = to_pixels(part.pixels[None])
-            codes = codec.encode(fit_pixels(pixels, self.max_side, factor=codec.factor))
-            return Segment(Modality.IMAGE, flatten(codes[0]))
+            fitted = fit_pixels(pixels, self.max_side, factor=codec.factor)
+            return Modality.IMAGE, fitted[0]
         if isinstance(part, Video):
             codec = self._codec(Modality.VIDEO)
             side, factor = self.max_side, codec.factor
             chunks = np.split(part.frames, range(CHUNK, len(part.frames), CHUNK))
             pixels = [fit_pixels(to_pixels(chunk), side, factor=factor) for chunk in chunks]
-            codes = codec.encode(torch.cat(pixels)[None])
-            return Segment(Modality.VIDEO, flatten(codes[0]))
+            return Modality.VIDEO, torch.cat(pixels)
         if isinstance(part, Audio):
             codec = self._codec(Modality.SPEECH)
-            wave = torch.from_numpy(part.resample(codec.sample_rate).wave)
-            return Segment(Modality.SPEECH, flatten(codec.encode(wave[None])[0]))
+            return Modality.SPEECH, torch.from_numpy(part.resample(codec.sample_rate).wave)
         raise UserError(f"{type(part).__name__} is no Text, Image, Video or Audio")
 
     def _decode(self, segment: Segment) -> Part:
@@ -177,6 +213,22 @@ class Processor:
         if segment.modality == Modality.VIDEO:
             return Video(from_pixels(made), FPS)
         return Audio(made.cpu().numpy(), codec.sample_rate)
+
+
+def _encode_all(codec: Codec, media: Sequence[torch.Tensor]) -> Sequence[np.ndarray | UserError]:
+    """The codes of each of several media of one shape, or why it has none."""
+    try:
+        return list(flatten(codec.encode(torch.stack(list(media)))))
+    except UserError as error:
+        if len(media) == 1:
+            return [error]
+        return [each for medium in media for each in _encode_all(codec, [medium])]
+
+
+def _whole(made: Sequence[Segment | UserError]) -> list[Segment] | UserError:
+    """The segments of a document, or what was wrong with the first part that has none."""
+    errors = [each for each in made if isinstance(each, UserError)]
+    return errors[0] if errors else [each for each in made if isinstance(each, Segment)]
 
 
 def flatten(codes: torch.Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ MIB = 1 << 20
 RANKS = (
     (
         "config",
+        "muon",
         "vocab",
         "hub",
         "media",
@@ -33,7 +34,7 @@ RANKS = (
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     ("decode", "train"),
-    ("eval",),
+    ("eval", "plan"),
     ("pipeline",),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )

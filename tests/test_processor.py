@@ -309,3 +309,29 @@ def test_codes_of_several_codebooks_are_laid_out_frame_by_frame(
     assert torch.equal(unflatten(flat, count), codes)
     with pytest.raises(UserError, match=f"no whole frames of {count + 1}"):
         unflatten(np.zeros(count), count + 1)
+
+
+def test_a_batch_of_documents_is_each_of_them_and_a_bad_one_is_bad_alone(
+    processor: Processor,
+) -> None:
+    documents: list[list[Part]] = [
+        [Text("a red apple"), Image(picture(16, 16)), sound(2000)],
+        [Image(picture(16, 16)), Text("bad \udcff"), Image(picture(8, 16))],
+        [],
+        [sound(2000), Image(picture(8, 16)), Image(picture(16, 16))],
+        [sound(2000)],
+    ]
+    cast(Audio, documents[4][0]).wave[7] = np.nan  # its codec refuses it, beside others
+    batch = processor.encode_batch(documents)
+    assert ["lone surrogate" in str(each) for each in batch] == [False, True, False, False, False]
+    assert "no finite numbers" in str(batch[4])
+    for parts, segments in zip(documents, batch, strict=True):
+        if isinstance(segments, UserError):
+            with pytest.raises(UserError):
+                processor.encode_parts(parts)
+            continue
+        assert len(segments) == len(parts)
+        for part, segment in zip(parts, segments, strict=True):
+            [alone] = processor.encode_parts([part])
+            assert (alone.modality, alone.codes.dtype) == (segment.modality, segment.codes.dtype)
+            assert np.array_equal(alone.codes, segment.codes)

@@ -264,7 +264,7 @@ def _wait_row(folder: Path, config: DataConfig, vocabulary: Vocabulary, device: 
     trainer = pretrainer(recipe, folder / f"run-{config.workers}", vocabulary=vocabulary)
     with closing(trainer.loader):
         steps = [trainer.step() for _ in range(WARM_STEPS + STEPS)][WARM_STEPS:]
-    share = 100 * sum(s["data_seconds"] for s in steps) / sum(s["step_seconds"] for s in steps)
+    share = 100 * sum(s["laps"]["data"] for s in steps) / sum(s["step_seconds"] for s in steps)
     case = f"waiting for data, workers = {config.workers}"
     return replace(_limit_row(case, "% of a step", share, MAX_WAIT), device=device)
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.data.accounts import accounts
 from mmpt.data.ahead import Ahead, Died
 from mmpt.data.logical import Arrays, DataConfig, Plan, States, batches, open_sources
 from mmpt.data.mix import SourceConfig, Stage, check_names
 from mmpt.data.pack import PackReport
+from mmpt.data.pipeline_source import of_pipelines, warn_of_pipelines
 from mmpt.flat import pack_arrays
 from mmpt.stream import Rows
 from mmpt.vocab import Vocabulary
@@ -67,6 +69,11 @@ class Loader(Iterator[Rows]):
         self._rows += self.config.rows
         return Rows.from_arrays(self._deal(parts))
 
+    def padding(self) -> Rows:
+        """A batch of this rank that has no documents."""
+        rows = len(self._numbers) * self.config.rows // self.config.streams
+        return Rows.pack([[]] * rows, self.config.length, self._pad)
+
     def close(self) -> None:
         """End the workers; the next batch starts others."""
         for reader in self._readers:
@@ -105,6 +112,7 @@ class Loader(Iterator[Rows]):
             "modality_shares": self.report.shares(),
             "source_shares": self.mix(),
             "epochs": self.epochs(),
+            "samples": accounts(self.sources, self._states.values()),
         }
 
     def mix(self) -> dict[str, float]:
@@ -117,7 +125,9 @@ class Loader(Iterator[Rows]):
         """Source -> how often its documents were read, as far as this rank's streams say."""
         share = len(self._numbers) / self.config.streams
         return {
-            name: self._sum(name, 0) / share / len(source) for name, source in self.sources.items()
+            name: self._sum(name, 0) / share / len(source)
+            for name, source in self.sources.items()
+            if len(source)  # 0: a pipeline
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,6 +137,7 @@ class Loader(Iterator[Rows]):
             "settings": self._settings(),
             "rows": self._rows,
             "weights": self._weights,
+            "inexact": list(of_pipelines(self.sources)),  # sources that start anew
             "streams": {
                 str(number): state | {"residue": np.asarray(state["residue"]).tolist()}
                 for number, state in self._states.items()
@@ -184,13 +195,16 @@ class Loader(Iterator[Rows]):
             except Died as death:
                 reason = death
                 log.warning("a data worker died (%s); another one goes on", reason)
-                self._readers[place] = self._ahead(self._shares()[place])
+                share = self._shares()[place]
+                warn_of_pipelines(self.sources, self._states, share)
+                self._readers[place] = self._ahead(share)
         raise UserError(
             f"{MAX_DEATHS} data workers died one after another ({reason}); see how much memory is "
             "free, or set data.workers = 0"
         )
 
     def _start(self) -> list[Iterator[tuple[Arrays, States]]]:
+        warn_of_pipelines(self.sources, self._states, self._numbers)
         if not self.config.workers:
             return [batches(self._plan(self._numbers), self.sources)]
         return [self._ahead(numbers) for numbers in self._shares()]

@@ -6,6 +6,7 @@ itself, so that any number of ranks and processes gives the same rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from mmpt.config import UserError
 from mmpt.data.mix import Mixer, Schedule, SourceConfig, Stage
 from mmpt.data.order import BlockSource, ShardSource, Source
 from mmpt.data.pack import PACKERS, Packer, PackReport
+from mmpt.data.pipeline_source import Gone, PipelineSource, of_pipelines
 from mmpt.data.tokens import open_shards
 from mmpt.flat import Piece, Streams, pack_arrays
 from mmpt.vocab import Modality, Vocabulary
@@ -75,16 +77,17 @@ MEAN_IDS = 128  # of a document; of longer ones it is fewer
 
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
     """The sources by name, in the order of names."""
-    return {
-        name: ShardSource(
-            name,
-            open_shards(source.shards, vocabulary),
-            vocabulary,
-            seed=seed,
-            condition_drop=config.condition_drop,
-        )
-        for name, source in sorted(config.sources.items())
-    }
+    sources: dict[str, Source] = {}
+    drop = config.condition_drop
+    for name, source in sorted(config.sources.items()):
+        if source.pipeline:
+            sources[name] = PipelineSource(
+                name, source, vocabulary, seed=seed, streams=config.streams, condition_drop=drop
+            )
+        else:
+            shards = open_shards(source.shards, vocabulary)
+            sources[name] = ShardSource(name, shards, vocabulary, seed=seed, condition_drop=drop)
+    return sources
 
 
 class LogicalStream:
@@ -106,6 +109,7 @@ class LogicalStream:
             config.length, buffer=config.buffer, quotas=quotas
         )
         self.mixer = Mixer(list(sources))
+        self._live = of_pipelines(sources)
         self._ends = {  # how many documents each source has in all
             name: len(source) * epochs
             for name, source in sources.items()
@@ -141,21 +145,29 @@ class LogicalStream:
             "residue": self.packer.residue,
             "taken": self.packer.taken,
             "report": report | {"ids": dict(report["ids"])},
+            "live": {name: each.counts(self.number) for name, each in self._live.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: what waited in the packer is read again."""
+        """Go on from `state`: what waited in the packer is read again, where it can be."""
         self.mixer.load(state)
+        for name, source in self._live.items():
+            read = self.mixer.cursors[name].read
+            source.resume(self.number, read, state.get("live", {}).get(name, {}))
         self._open()
         residue = np.asarray(state["residue"], dtype=np.int64).reshape(-1, 3)
         pieces = {}
         for place in np.unique(residue[:, 0]).tolist():
             reads = np.unique(residue[residue[:, 0] == place, 1]).tolist()
-            for document in self._lay_out(place, reads):
+            for document in self._lay_out_again(place, reads):
                 pieces |= {piece.reference: piece for piece in document}
-        for entry in residue.tolist():
-            self.packer.add(pieces[tuple(entry)])
-        self.packer.taken = state["taken"]
+        taken = state["taken"]  # of the oldest piece
+        for entry in map(tuple, residue.tolist()):
+            if entry in pieces:
+                self.packer.add(pieces[entry])
+            elif not len(self.packer):
+                taken = 0
+        self.packer.taken = taken
         self.packer.report = PackReport(**state["report"] | {"ids": dict(state["report"]["ids"])})
 
     def _weigh(self, row: int, weights: Mapping[str, float] | None) -> None:
@@ -190,6 +202,15 @@ class LogicalStream:
             mean = (cursor.tokens - before) // number
             fewer = self._most * MEAN_IDS // max(mean, 1) + 1
             number = min(2 * number, self._most, fewer) if many else 1
+
+    def _lay_out_again(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
+        """What was read before, without what a pipeline cannot give a second time."""
+        if not isinstance(self.sources[place], PipelineSource):
+            yield from self._lay_out(place, reads)
+            return
+        for read in reads:
+            with suppress(Gone):
+                yield from self._lay_out(place, [read])
 
     def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
         source, first = self.sources[place], 0

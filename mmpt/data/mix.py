@@ -15,13 +15,23 @@ from mmpt.config import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Token shards that are mixed as one source."""
+    """Token shards that are mixed as one source, or a live pipeline."""
 
-    shards: tuple[str, ...]  # paths, folders or globs
+    shards: tuple[str, ...] = ()  # paths, folders or globs
     weight: float = 1.0  # its part of the tokens, relative to the other sources
     max_epochs: float | None = None  # how often it may be read; then the others share its part
+    pipeline: str = ""  # instead of shards: module:function, see `pipeline_source`
+    processor: str = ""  # folder of the processor.json that encodes the pipeline's samples
+    quarantine: str = ""  # file that lists the pipeline's bad samples
 
     def __post_init__(self) -> None:
+        if bool(self.shards) == bool(self.pipeline):
+            raise UserError(
+                f"a source has shards = {list(self.shards)} and pipeline = {self.pipeline!r}; give "
+                "one of the two"
+            )
+        if self.pipeline and self.max_epochs is not None:
+            raise UserError("max_epochs of a pipeline: its length is not known; leave it out")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise UserError(f"max_epochs = {self.max_epochs}; use more than 0, or leave it out")
 

@@ -20,9 +20,17 @@ from mmpt.data.workers import Died, Done, Progress, R, S, T, Work, attempt, chec
 
 
 def run_tasks(
-    work: Work[S, T, R], state: S, tasks: Sequence[T], *, workers: int, address: str
+    work: Work[S, T, R],
+    state: S,
+    tasks: Sequence[T],
+    *,
+    workers: int,
+    address: str,
+    device: str = "cpu",
 ) -> Generator[Done[R] | Progress | Died]:
     """`mmpt.data.workers.run_tasks` by up to `workers` actors of a core each.
+
+    device: "cpu"; others: the actors share the cluster's cards evenly.
 
     address: "local" starts a Ray of so many cores on this machine, for as long as this takes; else
     a cluster's head, HOST:PORT, or "auto". A process that is connected already stays so. When the
@@ -32,10 +40,11 @@ def run_tasks(
     crew: list[_Worker] = []
     with _connected(address, workers) as ray:
         kept = ray.put((work, state))  # each machine gets it once
+        part = 0.0 if device == "cpu" else _part_of_card(ray, workers, device)
         try:
             while todo or any(worker.task is not None for worker in crew):
                 while todo and len(crew) < workers:
-                    crew.append(_Worker(ray, kept))
+                    crew.append(_Worker(ray, kept, part))
                 for worker in crew:
                     if todo and worker.events is None:
                         number = todo.popleft()
@@ -73,14 +82,22 @@ def run_tasks(
 class _Worker:
     """An actor, what it will tell (None: it waits for a task), and the task that it has."""
 
-    def __init__(self, ray: Any, kept: Any) -> None:
-        self.actor = ray.remote(num_cpus=1)(_Life).remote(kept)
+    def __init__(self, ray: Any, kept: Any, part: float) -> None:
+        self.actor = ray.remote(num_cpus=1, num_gpus=part)(_Life).remote(kept)
         self.events: Any = self.actor.greet.remote()
         self.task: int | None = None
         self.pid = 0
 
     def take(self, number: int, task: Any) -> None:
         self.task, self.events = number, self.actor.do.remote(task)
+
+
+def _part_of_card(ray: Any, workers: int, device: str) -> float:
+    """Of a card, for each actor; 0 where the cluster has none and need not."""
+    cards = int(ray.cluster_resources().get("GPU", 0))
+    if not cards and device != "auto":
+        raise UserError(f"device = {device!r}: this Ray has no GPUs; use cpu, or give it some")
+    return 1 / -(-workers // cards) if cards else 0.0
 
 
 def _first_to_tell(ray: Any, crew: Sequence[_Worker]) -> _Worker:

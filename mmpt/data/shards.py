@@ -238,7 +238,10 @@ def _load_paired(sample: Sample) -> Document:
     A json table without a text, beside other members, only describes them.
     """
     if sample.beside_damage:
-        raise UserError("beside damage: the sample has no part list, so it may be incomplete")
+        raise UserError(
+            "maybe incomplete: members of it were lost or stand elsewhere, and no part list says "
+            "which it has"
+        )
     parts: list[Part] = []
     for name in PLAIN_TEXT:
         if name in sample.members and not (len(sample.members) > 1 and _describes(sample, name)):

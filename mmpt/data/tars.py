@@ -27,9 +27,10 @@ SILENT_TYPES = (tarfile.XGLTYPE, tarfile.DIRTYPE)  # they hold no data of a samp
 
 @dataclass(frozen=True)
 class Sample:
-    """Consecutive members of one key; `beside_damage`: some members of it may have been lost.
+    """Consecutive members of one key; `beside_damage`: it may have more members than these.
 
-    All its members, with their headers, lie in the bytes `offset` to `end`.
+    Some were lost, or stand elsewhere, for the key was there before. Its members with their headers
+    lie in the bytes `offset` to `end`.
     """
 
     key: str
@@ -95,7 +96,7 @@ def read_samples_of(file: BinaryIO, shard: str) -> Iterator[Sample | Damage]:
             key, name = named
             if key != group.key:
                 yield from group.finish()
-                yield from group.begin(key, item.offset)
+                group.begin(key, item.offset)
             problem = group.refuse(name, item)
             if problem is not None:
                 yield problem
@@ -118,13 +119,10 @@ class _Group:
         self._after_gap = False  # unknown members were lost since the last good one
         self._seen: set[str] = set()
 
-    def begin(self, key: str, offset: int) -> Iterator[Damage]:
-        """Start a sample; a key that was there before is a damage."""
+    def begin(self, key: str, offset: int) -> None:
+        """Start a sample."""
         self.key, self.members, self._offset, self._num_bytes = key, {}, offset, 0
-        self._damaged = self._after_gap
-        if key in self._seen:
-            self._damaged = True
-            yield Damage(self.shard, offset, "scattered: members do not stand together", key)
+        self._damaged = self._after_gap or key in self._seen
         self._seen.add(key)
 
     def meet(self, damage: Damage) -> None:
@@ -299,3 +297,12 @@ def extended_name(header: tarfile.TarInfo, data: bytes) -> str | None:
             return value.decode("utf-8", "surrogateescape")
         data = data[int(length) :]
     return None
+
+
+def count_samples(path: str | Path) -> int:
+    """About how many samples a tar has, as long as it is whole; 0 for what cannot be read here."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return len({named[0] for member in tar if (named := split_name(member.name))})
+    except (OSError, tarfile.TarError):
+        return 0

@@ -4,7 +4,7 @@
 prompts, a cache of committed ids, the joint layout of clean and noisy ids) is a matter of what the
 four integers of a `Layout` are.
 
-Legend: B batch, T queries, S keys, D width, H heads, K key-value heads, W head width, R rank.
+Legend: B batch, T queries, S keys, D width, H heads, G key-value heads, W head width.
 """
 
 from dataclasses import dataclass, fields
@@ -12,8 +12,11 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from mmpt.model.cache import LayerCache
+from mmpt.model.collectives import enter, leave, local
 from mmpt.model.config import ModelConfig
 
 CHUNK = 64  # queries of a piece
@@ -122,9 +125,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
+        """group: ranks that each have some of the vectors, with the same scale."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(exact), self.scale.shape, self.scale.to(exact), 1e-6).to(x.dtype)
+        scale = enter(self.scale, group).to(exact)
+        return F.rms_norm(x.to(exact), scale.shape, scale, 1e-6).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -157,37 +162,45 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Parameter(torch.zeros(rank, num_in))
         self.up = nn.Parameter(torch.zeros(num_out, rank))
+        self.tensor_group: ProcessGroup | None = None  # ranks that share one of the two
 
     def forward(self, y: torch.Tensor, x: torch.Tensor, noisy_index: torch.Tensor) -> torch.Tensor:
         """y (B, T, num_out) plus the addition at the flat positions `noisy_index` of x."""
         chosen = x.flatten(0, 1).index_select(0, noisy_index)
-        delta = F.linear(F.linear(chosen, self.down), self.up)
+        down, up = self._weight(self.down), self._weight(self.up)
+        delta = F.linear(F.linear(chosen, down), up)
         return y.flatten(0, 1).index_add(0, noisy_index, delta.to(y.dtype)).view_as(y)
+
+    def _weight(self, weight: torch.Tensor) -> torch.Tensor:
+        # the one that is whole takes part in each rank's share of the work
+        return local(weight) if isinstance(weight, DTensor) else enter(weight, self.tensor_group)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm; noisy ids may take low-rank additions."""
+    """Grouped-query attention with QK-norm; noisy ids may take low-rank additions.
+
+    The rows of `project_in` are the queries, the key and the value of the first key-value head,
+    then of the second and so on: ranks that share a layer have whole heads (G of them).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_width = config.head_width
-        self.sizes = [
-            n * self.head_width
-            for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        ]
-        self.project_in = nn.Parameter(torch.empty(sum(self.sizes), config.width))
-        self.project_out = nn.Parameter(torch.empty(config.width, self.sizes[0]))
+        self.num_queries = config.num_heads // config.num_kv_heads  # of a key-value head
+        num_out = config.num_kv_heads * (self.num_queries + 2) * self.head_width
+        self.project_in = nn.Parameter(torch.empty(num_out, config.width))
+        self.project_out = nn.Parameter(torch.empty(config.width, config.width))
         self.query_norm, self.key_norm = RMSNorm(self.head_width), RMSNorm(self.head_width)
         self.noisy_in: LowRank | None = None
         self.noisy_out: LowRank | None = None
+        self.tensor_group: ProcessGroup | None = None  # ranks that share the heads
 
     def add_noisy(self, rank: int) -> None:
         """Grow the low-rank weights of noisy ids; they change nothing until they are trained."""
         num_out, num_in = self.project_in.shape
         options = {"device": self.project_in.device, "dtype": self.project_in.dtype}
         self.noisy_in = LowRank(num_in, num_out, rank).to(**options)
-        self.noisy_out = LowRank(self.sizes[0], num_in, rank).to(**options)
+        self.noisy_out = LowRank(num_in, num_in, rank).to(**options)
 
     def forward(
         self,
@@ -199,17 +212,20 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> torch.Tensor:
         """See `attend`; keys of `cache` come before those of x."""
-        y = F.linear(x_BTD, self.project_in)
+        x_BTD = enter(x_BTD, self.tensor_group)
+        y = F.linear(x_BTD, local(self.project_in))
         if self.noisy_in is not None and noisy_index is not None:
             y = self.noisy_in(y, x_BTD, noisy_index)
-        q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in y.split(self.sizes, -1))
-        q = rotary.turn(self.query_norm(q)).to(v.dtype).transpose(1, 2)
-        k = rotary.turn(self.key_norm(k)).to(v.dtype).transpose(1, 2)
+        y_BTGHW = y.unflatten(-1, (-1, self.num_queries + 2, self.head_width))
+        q, k, v = y_BTGHW.split((self.num_queries, 1, 1), dim=-2)
+        q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+        q = rotary.turn(self.query_norm(q, self.tensor_group)).to(v.dtype).transpose(1, 2)
+        k = rotary.turn(self.key_norm(k, self.tensor_group)).to(v.dtype).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         out = attend(q, k, v, pieces).transpose(1, 2).flatten(2)
-        z = F.linear(out, self.project_out)
+        z = F.linear(out, local(self.project_out))
         if self.noisy_out is not None and noisy_index is not None:
             z = self.noisy_out(z, out, noisy_index)
-        return z
+        return leave(z, self.tensor_group)

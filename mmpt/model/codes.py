@@ -10,6 +10,7 @@ Legend: K codes, L latent width, F features, D model width.
 import torch
 from torch import Tensor
 
+from mmpt.model.collectives import fill, whole
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import CodeRange
 
@@ -27,7 +28,8 @@ def initialise_codes(
     latents: float (K, L), what the codec's decoder reads for each code.
     """
     rows = slice(code_range.start, code_range.stop)
-    before = model.embedding[rows]
+    embedding = whole(model.embedding).clone()
+    before = embedding[rows]
     scale = before.std()
     latents_KL = _standardise(latents.float())
     spread = BANDWIDTH * latents_KL.shape[1] ** -0.5
@@ -37,7 +39,8 @@ def initialise_codes(
     project_FD = torch.randn(features_KF.shape[1], before.shape[1], generator=generator)
     made_KD = features_KF @ project_FD
     made_KD = (made_KD / made_KD.std() * scale.cpu()).to(before)
-    model.embedding[rows] = SHARE * made_KD + (1 - SHARE**2) ** 0.5 * before
+    embedding[rows] = SHARE * made_KD + (1 - SHARE**2) ** 0.5 * before
+    fill(model.embedding, embedding)
 
 
 def _standardise(x: Tensor) -> Tensor:

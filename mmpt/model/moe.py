@@ -8,13 +8,17 @@ documents alone.
 Legend: N ids (batch x row), G ids of a group, D width, E experts, C experts per id, F hidden width.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mmpt.config import UserError
+from mmpt.model.collectives import enter, exchange, exchange_counts, leave, local
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.vocab import Modality
 
@@ -40,8 +44,10 @@ class Dispatch:
             )
         num_clean = sum(n for n, g in zip(counts, groups, strict=False) if not g.noisy)
         num_noisy = sum(counts[:-1]) - num_clean
-        noisy = order[num_clean : num_clean + num_noisy] if num_noisy else None
-        return cls(order, invert(order), tuple(counts), noisy)
+        noisy = order[num_clean : num_clean + num_noisy]
+        # while training, the weights of noisy ids take part where there are none, too
+        unused = not num_noisy and not (torch.is_grad_enabled() and any(g.noisy for g in groups))
+        return cls(order, invert(order), tuple(counts), None if unused else noisy)
 
 
 def group_table(config: ModelConfig) -> torch.Tensor:
@@ -59,6 +65,20 @@ def invert(order: torch.Tensor) -> torch.Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return inverse
+
+
+_recomputing = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Inside, forward passes repeat earlier ones: they do not count towards the load."""
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
 
 
 class _Permute(torch.autograd.Function):
@@ -80,8 +100,28 @@ def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torc
     return _Permute.apply(x, order, inverse)  # type: ignore[return-value] # apply is untyped
 
 
+class Bank(nn.Module):
+    """The weights of a group's experts; of some of them where others are on other ranks.
+
+    gate_up: (E, D, 2, F), down: (E, F, D).
+    """
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2, hidden))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.tensor_group: ProcessGroup | None = None  # ranks that share the hidden width
+
+    def forward(self, x_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """x sorted by expert, `counts` rows for each -> what the experts make of their rows."""
+        x_ND = enter(x_ND, self.tensor_group)
+        gate_up, down = local(self.gate_up).flatten(2), local(self.down)
+        parts = zip(x_ND.split(list(counts)), gate_up.unbind(), down.unbind(), strict=True)
+        return leave(torch.cat([_swiglu(*part) for part in parts]), self.tensor_group)
+
+
 class Experts(nn.Module):
-    """One group's experts, packed (E, ...), and its router."""
+    """One group: its router, and the experts that it chooses from."""
 
     load: torch.Tensor
     balance: torch.Tensor
@@ -89,9 +129,8 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, group: GroupConfig) -> None:
         super().__init__()
         self.num_experts, self.num_active = group.num_experts, group.num_active
-        shape = (group.num_experts, config.width, 2 * config.expert_hidden)
-        self.gate_up = nn.Parameter(torch.empty(shape))
-        self.down = nn.Parameter(torch.empty(shape[0], config.expert_hidden, config.width))
+        self.bank = Bank(group.num_experts, config.width, config.expert_hidden)
+        self.expert_group: ProcessGroup | None = None  # ranks that have some experts each
         self.router: nn.Parameter | None = None
         if group.router == "token_choice":
             self.router = nn.Parameter(torch.empty(config.width, group.num_experts))
@@ -103,7 +142,7 @@ class Experts(nn.Module):
         """Also runs on no ids at all while training: absent groups get zero gradients, not None."""
         if self.router is None:
             self._count(len(x_GD))
-            return _swiglu(x_GD, self.gate_up[0], self.down[0])
+            return self.bank(x_GD, [len(x_GD)])
         gates_GC, chosen_GC = self._route(x_GD)
         flat = chosen_GC.flatten()
         counts = torch.bincount(flat, minlength=self.num_experts)
@@ -111,11 +150,25 @@ class Experts(nn.Module):
         order = torch.argsort(flat, stable=True)
         inverse = invert(order)
         repeated = x_GD.repeat_interleave(self.num_active, 0) if self.num_active > 1 else x_GD
-        parts = permute(repeated, order, inverse).split(counts.tolist())
-        weights = zip(parts, self.gate_up.unbind(), self.down.unbind(), strict=True)
-        y = permute(torch.cat([_swiglu(*w) for w in weights]), inverse, order)
+        y = permute(self._compute(permute(repeated, order, inverse), counts), inverse, order)
         y_GCD = y.unflatten(0, chosen_GC.shape) * gates_GC[..., None]
         return y_GCD.sum(1).to(y.dtype)
+
+    def _compute(self, x_ND: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows sorted by expert through their experts, wherever those are."""
+        if self.expert_group is None:
+            return self.bank(x_ND, counts.tolist())
+        sent_RE = counts.view(self.expert_group.size(), -1)
+        received_RE = exchange_counts(sent_RE, self.expert_group)
+        sent, received = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
+        x_MD = exchange(x_ND, sent, received, self.expert_group)
+        # they come sorted by rank, then by expert
+        experts = torch.arange(received_RE.shape[1], device=counts.device)
+        number = experts.repeat(len(received)).repeat_interleave(received_RE.flatten())
+        order = torch.argsort(number, stable=True)
+        inverse = invert(order)
+        y_MD = self.bank(permute(x_MD, order, inverse), received_RE.sum(0).tolist())
+        return exchange(permute(y_MD, inverse, order), received, sent, self.expert_group)
 
     def _route(self, x_GD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Sigmoid scores in float32; the balancing bias decides who is chosen and never enters the
@@ -130,7 +183,8 @@ class Experts(nn.Module):
         return scores_GE.gather(1, chosen_GC) * (2 / self.num_active), chosen_GC
 
     def _count(self, counts: torch.Tensor | int) -> None:
-        if self.training and torch.is_grad_enabled():  # sampling in a training run does not count
+        # sampling in a training run does not count, and nothing counts twice
+        if self.training and torch.is_grad_enabled() and not _recomputing:
             self.load += counts
 
     @torch.no_grad()
@@ -154,12 +208,13 @@ class ModalityMoE(nn.Module):
         self.groups = nn.ModuleDict(
             {name: Experts(config, group) for name, group in config.ordered_groups.items()}
         )
+        self.always = False  # other ranks wait for this one, also where a group has no ids here
 
     def forward(self, x_BTD: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Each id through its group; pads give zero."""
         x_ND = permute(x_BTD.flatten(0, 1), dispatch.order, dispatch.inverse)
         *parts, pads = x_ND.split(dispatch.counts)
-        touch = torch.is_grad_enabled()
+        touch = torch.is_grad_enabled() or self.always
         out = [
             experts(part)
             for experts, part in zip(self.groups.values(), parts, strict=True)

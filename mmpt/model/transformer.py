@@ -9,23 +9,29 @@ Legend: B batch, T row, D width, V vocabulary.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
 from mmpt.model.attention import Attention, Layout, Piece, RMSNorm, Rotary, plan_pieces
 from mmpt.model.cache import KVCache, LayerCache
+from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig
 from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
+from mmpt.model.weights import read_tensors, upgrade
 from mmpt.vocab import Modality, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no banks
 
 
 class Layer(nn.Module):
@@ -35,11 +41,32 @@ class Layer(nn.Module):
         super().__init__()
         self.attention_norm, self.expert_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.attention, self.experts = Attention(config), ModalityMoE(config)
+        # contexts of a forward pass and of its repetition, where activations are not kept
+        self.recompute: Callable[[], tuple[Any, Any]] | None = None
 
     def forward(
         self,
         x_BTD: torch.Tensor,
         *,
+        rotary: Rotary,
+        pieces: list[Piece] | None,
+        dispatch: Dispatch,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        inputs = x_BTD, rotary, pieces, dispatch, cache
+        if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
+            return self._compute(*inputs)
+        return checkpoint(  # type: ignore[return-value] # it gives what the function gives
+            self._compute,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self.recompute,
+        )
+
+    def _compute(
+        self,
+        x_BTD: torch.Tensor,
         rotary: Rotary,
         pieces: list[Piece] | None,
         dispatch: Dispatch,
@@ -78,8 +105,15 @@ class Decoder(nn.Module):
     def from_config(cls, config: ModelConfig, *, seed: int = 0) -> "Decoder":
         """A fresh model; its weights are a function of the seed alone."""
         model = cls(config)
-        _initialise(model, torch.Generator().manual_seed(seed))
+        model.initialise(seed)
         return model
+
+    def initialise(self, seed: int) -> None:
+        """Overwrite all weights and buffers, wherever they are, by a function of the seed alone.
+
+        Every rank draws each weight whole, one after another, and keeps its part.
+        """
+        _initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(
         self,
@@ -170,15 +204,17 @@ class Decoder(nn.Module):
 
     def update_balance(self, rate: float = 1e-3) -> None:
         """After an optimiser step: move the routers' biases against the load, and reset it."""
-        groups = list(self._groups())
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            loads = torch.cat([experts.load for experts in groups])
-            torch.distributed.all_reduce(loads)
-            sizes = [len(experts.load) for experts in groups]
-            for experts, load in zip(groups, loads.split(sizes), strict=True):
-                experts.load.copy_(load)
-        for experts in groups:
+        for experts in self._groups():
             experts.update_balance(rate)
+
+    def sum_loads(self, group: ProcessGroup) -> None:
+        """Add up over ranks what `expert_loads` counted on each."""
+        groups = self._groups()
+        loads = torch.cat([experts.load for experts in groups])
+        distributed.all_reduce(loads, group=group)
+        sizes = [len(experts.load) for experts in groups]
+        for experts, load in zip(groups, loads.split(sizes), strict=True):
+            experts.load.copy_(load)
 
     def expert_loads(self) -> dict[str, torch.Tensor]:
         """Per group (layers, experts): training ids per expert since the last `update_balance`."""
@@ -201,29 +237,47 @@ class Decoder(nn.Module):
             os.replace(temporary, weights)
         finally:
             temporary.unlink(missing_ok=True)
+        write_atomic(folder / "config.json", self.config_json())
+
+    def config_json(self) -> str:
+        """config.json: all that `load` needs besides the tensors."""
         data = {"format_version": FORMAT_VERSION, "model": to_dict(self.config)}
-        write_atomic(folder / "config.json", json.dumps(data, indent=1))
+        return json.dumps(data, indent=1)
 
     @classmethod
     def load(cls, folder: str | Path, *, vocabulary: Vocabulary | None = None) -> "Decoder":
         """Read what `save` wrote, on the CPU; refuses another vocabulary and newer formats."""
         folder = Path(folder)
-        config = _read_config(folder)
+        config, version = _read_config(folder)
         if vocabulary is not None:
             vocabulary.check(config.vocabulary, what=str(folder))
         model = cls(config)
         try:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = upgrade(read_tensors(folder), version, config)
             model.load_state_dict(tensors, assign=True)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} has no readable model.safetensors: {error}") from None
+            raise UserError(f"{folder} has no readable weights: {error}") from None
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the weights in {folder} do not fit its config.json: {reason}"
             ) from None
         return model
+
+    def fill(self, folder: str | Path) -> None:
+        """Overwrite the weights by those of a model folder of the same shape, also in parts."""
+        folder = Path(folder)
+        config, version = _read_config(folder)
+        ours, theirs = (to_dict(replace(each, noisy_rank=0)) for each in (self.config, config))
+        if different := [key for key in ours if ours[key] != theirs.get(key)]:
+            key = different[0]
+            raise UserError(
+                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours[key]}; they "
+                "must be equal"
+            )
+        tensors = upgrade(read_tensors(folder), version, config)
+        for name, tensor in self.state_dict().items():
+            fill(tensor, tensors[name])
 
     @property
     def num_parameters(self) -> int:
@@ -290,6 +344,12 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
     # Normal, 1/sqrt(fan in); what writes to the stream is divided by sqrt(2 x layers), so that the
     # stream does not grow with depth (GPT-2). Routers start small, so that gates start near 1 / C.
     config = model.config
+    model.groups.copy_(group_table(config))
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.scale.fill_(1)
+        for buffer in module.buffers(recurse=False) if isinstance(module, Experts) else ():
+            buffer.zero_()
     deep = (2 * config.num_layers) ** -0.5
     _normal(model.embedding, 0.02, generator)
     if model.head is not None:
@@ -300,8 +360,8 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
         _normal(layer.attention.project_out, deep * config.width**-0.5, generator)
         _initialise_low_rank(layer.attention, generator)
         for experts in layer.experts.experts():
-            _normal(experts.gate_up, config.width**-0.5, generator)
-            _normal(experts.down, deep * config.expert_hidden**-0.5, generator)
+            _normal(experts.bank.gate_up, config.width**-0.5, generator)
+            _normal(experts.bank.down, deep * config.expert_hidden**-0.5, generator)
             if experts.router is not None:
                 _normal(experts.router, 0.1 * config.width**-0.5, generator)
 
@@ -315,16 +375,16 @@ def _initialise_low_rank(attention: Attention, generator: torch.Generator) -> No
 
 
 def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    fresh = torch.randn(weight.shape, generator=generator) * std
-    weight.copy_(fresh.to(weight.device, weight.dtype))
+    fill(weight, torch.randn(weight.shape, generator=generator) * std)
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _read_config(folder: Path) -> tuple[ModelConfig, int]:
+    """And the version of the format."""
     try:
         data = json.loads((folder / "config.json").read_text())
         version, model = data["format_version"], data["model"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} holds no model (config.json: {error})") from None
-    if version != FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise UserError(f"{folder} has format {version}; this mmpt reads {FORMAT_VERSION}: upgrade")
-    return from_dict(ModelConfig, model, where=f"{folder}/config.json")
+    return from_dict(ModelConfig, model, where=f"{folder}/config.json"), version

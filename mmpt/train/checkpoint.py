@@ -1,101 +1,265 @@
 """Checkpoints: a folder of safetensors and JSON that is either whole or absent.
 
-It is written under a temporary name, flushed to the disk and renamed. `config.json` and
-`model.safetensors` make it a model folder, which `Decoder.load` reads as it is; beside them stand
-the vocabulary, the processor's settings, the optimiser's tensors and `state.json` (loader,
-counters, checksums of the files).
+Every rank writes its parts of the weights (`model/`) and of the optimiser (`optimizer/`) by
+PyTorch's distributed checkpoints in their safetensors form, so that any other number of ranks can
+read them. `config.json` and `model/` make it a model folder, which `Decoder.load` reads as it is;
+beside them stand the vocabulary, the processor's settings, the loader's state (`loader-N.json`, by
+rank) and `state.json` (counters and more, and the checksum of every file).
+
+A checkpoint is copied to the host while training waits, and written while it goes on, on a process
+group of its own; it is renamed into place when all ranks are done.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmpt.config import UserError
+from mmpt.data.loader import merge_states
+from mmpt.model.collectives import fill
+from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
+from mmpt.model.weights import (
+    files_of,
+    list_parts,
+    read_parts,
+    read_tensors,
+    upgrade,
+    write_parts,
+)
 from mmpt.processor import FILE as PROCESSOR_FILE
 from mmpt.processor import ProcessorSettings
 from mmpt.vocab import Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had whole tensors, and one rank's loader in state.json
 PREFIX = "step-"
 
+log = logging.getLogger(__name__)
 
-def save_checkpoint(
-    folder: str | Path,
-    step: int,
-    *,
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    vocabulary: Vocabulary,
-    state: Mapping[str, Any],
-    processor: ProcessorSettings | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write `folder`/step-N and delete all but the last `keep`; returns the new path.
 
-    `state` is JSON: all that a run needs besides tensors to go on as if it had not stopped. With
-    the settings of its `processor`, a checkpoint is all that generating needs.
+@dataclass
+class Moment:
+    """What a checkpoint keeps besides the weights, of one rank.
+
+    state: JSON, equal on all ranks. loader: this rank's. extra: name -> more tensors by name, each
+    kept in a folder of that name, such as averaged weights.
     """
-    folder = Path(folder)
-    path = folder / f"{PREFIX}{step:08d}"
-    temporary = folder / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        model.save(temporary)
-        vocabulary.save(temporary / "vocabulary.json")
-        if processor is not None:
-            processor.save(temporary)
-        save_file(_flatten(model, optimizer), temporary / "optimizer.safetensors")
-        checksums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        data = {"format_version": FORMAT_VERSION, "step": step, "files": checksums, "state": state}
-        (temporary / "state.json").write_text(json.dumps(data))
-        for file in (*temporary.iterdir(), temporary):
+
+    step: int
+    state: Mapping[str, Any]
+    loader: Mapping[str, Any]
+    vocabulary: Vocabulary
+    processor: ProcessorSettings | None = None
+    extra: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of a run, written by all its ranks, the newest `keep` of them kept.
+
+    keep_every: those whose step is a multiple of it are kept for good; 0: none.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep: int = 2, keep_every: int = 0, device: str = "cpu"
+    ) -> None:
+        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+        self.rank, self.count = 0, 1
+        self._group: ProcessGroup | None = None
+        if distributed.is_initialized():
+            self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+            # what training sends must not wait for what is written
+            self._group = distributed.new_group(backend="gloo")  # type: ignore[assignment] # torch's hint knows ranks outside of it
+        self._pinned = device != "cpu"
+        self._writer: threading.Thread | None = None
+        self._failure: str | None = None
+        self.failed = 0  # checkpoints that could not be written
+        self.seconds = 0.0  # that training waited for them
+
+    def begin(self, model: Decoder, optimizer: torch.optim.Optimizer, moment: Moment) -> Path:
+        """Copy everything to the host, and write it behind the caller's back; see `wait`."""
+        self.wait()
+        parts = {
+            "model": model.state_dict(),
+            "optimizer": flatten(model, optimizer),
+            **moment.extra,
+        }
+        options = StagingOptions(self._pinned, False, False, self._pinned)
+        # a new one each time: a second copy by the same one fails (PyTorch 2.11)
+        stager = DefaultStager(options)
+        parts = stager.stage(parts)
+        stager.close()
+        path = self.folder / f"{PREFIX}{moment.step:08d}"
+        config = model.config_json() if self.rank == 0 else ""
+        self._writer = threading.Thread(
+            target=self._write, args=(path, parts, moment, config), daemon=True
+        )
+        self._writer.start()
+        return path
+
+    def wait(self) -> str | None:
+        """Until what was begun is written; returns why it could not be."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        return failure
+
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, moment: Moment) -> Path:
+        """Write a checkpoint; UserError when that fails."""
+        path = self.begin(model, optimizer, moment)
+        if failure := self.wait():
+            raise UserError(failure)
+        return path
+
+    def _write(
+        self, path: Path, parts: Mapping[str, Mapping[str, Any]], moment: Moment, config: str
+    ) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            reason = self._try(self._prepare, temporary, config, moment)
+            for name, tensors in parts.items():
+                reason = reason or self._try(self._write_part, temporary / name, tensors)
+            reason = reason or self._try(self._finish, temporary, path, moment)
+        except Exception as error:  # a rank is gone: training will notice by itself
+            reason = str(error)
+        if reason:
+            self.failed += 1
+            self._failure = (
+                f"cannot write checkpoint {path}: {reason}; free space or choose another place"
+            )
+            log.error("%s", self._failure)
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _try(self, act: Any, *arguments: Any) -> str | None:
+        """Why it failed, on whichever rank; all ranks hear of it."""
+        reason = None
+        try:
+            act(*arguments)
+        except CheckpointException as error:  # every rank raises it
+            failures = [str(each[0]) for each in error.failures.values()]
+            reason = " ".join(failures[0].split())[:200]
+        except (OSError, SafetensorError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        reasons = self._gather(reason)
+        return next((each for each in reasons if each), None)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values = [None] * self.count
+        distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _prepare(self, temporary: Path, config: str, moment: Moment) -> None:
+        if self.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{PREFIX}*.tmp"):  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        (temporary / "config.json").write_text(config)
+        moment.vocabulary.save(temporary / "vocabulary.json")
+        if moment.processor is not None:
+            moment.processor.save(temporary)
+
+    def _write_part(self, folder: Path, tensors: Mapping[str, Any]) -> None:
+        if not tensors:
+            return
+        folder.mkdir(exist_ok=True)
+        write_parts(tensors, folder, self._group)
+
+    def _finish(self, temporary: Path, path: Path, moment: Moment) -> None:
+        (temporary / f"loader-{self.rank:05d}.json").write_text(json.dumps(moment.loader))
+        self._gather(None)  # all files are there
+        files = _files(temporary)[self.rank :: self.count]
+        sums = self._gather({str(f.relative_to(temporary)): _sha256(f) for f in files})
+        for file in files:
             _flush(file)
+        self._gather(None)
+        if self.rank:
+            return
+        data = {
+            "format_version": FORMAT_VERSION,
+            "step": moment.step,
+            "files": {name: value for each in sums for name, value in each.items()},
+            "state": moment.state,
+        }
+        (temporary / "state.json").write_text(json.dumps(data))
+        for each in (temporary / "state.json", *(p for p in temporary.iterdir() if p.is_dir())):
+            _flush(each)
+        _flush(temporary)
         if path.exists():  # the same step again, after a resume
             shutil.rmtree(path)
         os.replace(temporary, path)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write checkpoint {path}: {reason}; free space or choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return path
+        _flush(self.folder)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            if not self.keep_every or _step(old) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(
-    path: str | Path, *, model: Decoder, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, Any]:
-    """Restore weights and optimiser in place and return `state`; verifies every file first."""
+    path: str | Path,
+    *,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Sequence[str] = (),
+) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """Restore weights and optimiser in place, on any number of ranks; verifies every file first.
+
+    Returns `state`, whose "loader" is that of all ranks, and the tensors of `Moment.extra` by these
+    names, as parts of tensors where the weights of their names are parts.
+    """
     path = Path(path)
     data = _read_state(path)
-    for name, checksum in data["files"].items():
-        if not (path / name).is_file() or _sha256(path / name) != checksum:
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} is missing or differs from its checksum; "
-                "delete the folder to go on from the one before"
-            )
+    _verify(path, data["files"])
+    state, version = dict(data["state"]), data["format_version"]
+    weights = dict(model.named_parameters())
+    more: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        _read_into(path, model.state_dict(), version, model.config)
         if optimizer is not None:
-            _restore(model, optimizer, load_file(path / "optimizer.safetensors"))
-    except (RuntimeError, KeyError, SafetensorError) as error:
+            optimizer.state.clear()
+            for name, tensor in _read_like(
+                path, "optimizer", weights, version, model.config
+            ).items():
+                weight, _, key = name.rpartition(":")
+                if not tensor.ndim and not optimizer.defaults.get("fused"):
+                    tensor = tensor.cpu()  # counted on the host, unless it counts beside the weight
+                optimizer.state[weights[weight]][key] = tensor
+        for name in extra:
+            if files_of(path, name):
+                more[name] = _read_like(path, name, weights, version, model.config)
+        if version > 1:
+            files = sorted(path.glob("loader-*.json"))
+            state["loader"] = merge_states([json.loads(file.read_text()) for file in files])
+    except (RuntimeError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {path} is of another model: {reason}") from None
-    return data["state"]
+    return state, more
+
+
+def flatten(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors as `weight:state`."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach()
+    return tensors
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -107,6 +271,22 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     return next(reversed(list_checkpoints(folder)), None)
+
+
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run) / "checkpoints"
+
+
+def find_model(folder: str | Path) -> Path:
+    """A model folder, or the newest checkpoint of a run folder."""
+    folder = Path(folder)
+    if files_of(folder):
+        return folder
+    newest = latest(checkpoints_of(folder))
+    if newest is None:
+        raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
+    return newest
 
 
 def begun_with(folder: str | Path, vocabulary: Vocabulary) -> Vocabulary:
@@ -146,31 +326,75 @@ def _read_state(path: Path) -> dict[str, Any]:
     return data
 
 
-def _flatten(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors as `parameter name:state name`."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach().contiguous()
-    return tensors
+def _verify(path: Path, checksums: Mapping[str, str]) -> None:
+    """Every rank its share of the files; all hear of what is damaged."""
+    rank, count = 0, 1
+    if distributed.is_initialized():
+        rank, count = distributed.get_rank(), distributed.get_world_size()
+    damaged = [
+        name
+        for name, checksum in sorted(checksums.items())[rank::count]
+        if not (path / name).is_file() or _sha256(path / name) != checksum
+    ]
+    if count > 1:
+        found = [[]] * count
+        distributed.all_gather_object(found, damaged)
+        damaged = [name for each in found for name in each]
+    if damaged:
+        raise UserError(
+            f"checkpoint {path} is damaged: {damaged[0]} is missing or differs from its checksum; "
+            "delete the folder to go on from the one before"
+        )
 
 
-def _restore(
-    model: Decoder, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+def _read_into(
+    path: Path, tensors: dict[str, torch.Tensor], version: int, config: ModelConfig
 ) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition(":")
-        parameter = parameters[name]
-        # the step too, though it has no dimensions: fused AdamW counts beside the parameter
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+    """The weights; KeyError or ValueError names what does not fit."""
+    old = {} if version > 1 else upgrade(read_tensors(path), version, config)
+    sizes = {key: tensor.shape for key, tensor in old.items()} or {
+        key: meta.size for key, meta in list_parts(path / "model").items()
+    }
+    if different := sizes.keys() ^ tensors.keys():
+        raise KeyError(f"{min(different)} is in one of them only")
+    for key, tensor in tensors.items():
+        if sizes[key] != tensor.shape:
+            raise ValueError(f"{key} has shape {tuple(sizes[key])} there")
+    if version > 1:
+        read_parts(tensors, path / "model")
+    for key, value in old.items():
+        fill(tensors[key], value)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What a killed process left of its temporary folders."""
-    for path in folder.glob(f"{PREFIX}*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+def _read_like(
+    path: Path,
+    name: str,
+    weights: Mapping[str, torch.Tensor],
+    version: int,
+    config: ModelConfig,
+) -> dict[str, torch.Tensor]:
+    """Tensors `weight` or `weight:state`, spread as their weights are; scalars are whole."""
+    if not files_of(path, name):
+        return {}
+    tensors: dict[str, torch.Tensor] = {}
+    old = {} if version > 1 else upgrade(read_tensors(path, name), version, config)
+    for key, meta in (old or list_parts(path / name)).items():
+        like = weights[key.rpartition(":")[0] or key]
+        size = meta.shape if isinstance(meta, torch.Tensor) else meta.size
+        tensors[key] = torch.empty_like(like) if size else torch.empty((), device=like.device)
+    if version > 1:
+        read_parts(tensors, path / name)
+    for key, value in old.items():
+        fill(tensors[key], value)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def _sha256(path: Path) -> str:

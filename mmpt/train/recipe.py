@@ -8,8 +8,11 @@ from typing import Any, Literal, TypeVar
 
 from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
+from mmpt.data.pipeline_source import with_processors
 from mmpt.model.config import ModelConfig
+from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
+from mmpt.train.parallel import ParallelConfig
 from mmpt.vocab import Modality, Vocabulary
 
 # what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
@@ -17,6 +20,8 @@ from mmpt.vocab import Modality, Vocabulary
 FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
+    *("data.sources.*.processor", "data.sources.*.quarantine"),
+    *("keep_every", "parallel.*", "guard.stall"),
 )
 
 
@@ -30,17 +35,23 @@ class RunRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
     accumulate: int = 1  # batches a step
+    ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0: none
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     checkpoint_every: int = 200  # steps
-    keep: int = 2  # checkpoints
-    max_bad_steps: int = 10  # steps in a row whose loss is not finite, before the run stops
+    keep: int = 2  # checkpoints, the newest ones
+    keep_every: int = 0  # steps whose checkpoints are kept for good, as a multiple; 0: none
+    max_bad_steps: int = 10  # steps in a row that are skipped, before the run stops
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema = {self.ema}; use 0 for no average, or less than 1")
         known = [modality.name.lower() for modality in Modality]
         for name, weight in self.loss_weights.items():
             if name not in known or weight < 0:
@@ -57,6 +68,7 @@ class TrainRecipe(RunRecipe):
     z_loss: float = 0.0
     noise: float = 0.0  # share of codes shown as other codes, see `NextToken`
     codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
+    start: str = ""  # a model folder or run whose weights are the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,7 @@ class AdaptRecipe(RunRecipe):
 
     start: str = ""
     max_noisy: int = 512  # noisy ids a row
+    autoregressive: float = 0.0  # weight of predicting clean ids; above 0 all weights are trained
 
 
 R = TypeVar("R", bound=RunRecipe)
@@ -81,6 +94,8 @@ def load_run_recipe(
     if not recipe.vocabulary:
         raise UserError(f"{path}: vocabulary is missing; give the vocabulary.json of mmpt encode")
     vocabulary = Vocabulary.load(recipe.vocabulary)
+    sources = with_processors(recipe.data.sources, Path(recipe.vocabulary).parent)
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     if isinstance(recipe, TrainRecipe):
         recipe = replace(recipe, model=fit_model(recipe.model, vocabulary))
     return recipe, vocabulary
@@ -91,8 +106,11 @@ def fit_model(config: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
     return replace(config, vocab_size=len(vocabulary), vocabulary=vocabulary.fingerprint)
 
 
-def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
-    """Store the resolved recipe in the run folder; a resumed run must have the same one."""
+def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool, write: bool = True) -> None:
+    """Store the resolved recipe in the run folder; a resumed run must have the same one.
+
+    write: only one of several ranks does.
+    """
     path = run / "recipe.toml"
     if resumed and path.is_file():
         # options that came later have their defaults
@@ -105,7 +123,8 @@ def keep_recipe(run: Path, recipe: RunRecipe, *, resumed: bool) -> None:
                     f"{run} was begun with {key} = {theirs.get(key)}, now it is {ours.get(key)}; "
                     "restore the old value or choose a new --out"
                 )
-    write_atomic(path, to_toml(recipe))
+    if write:
+        write_atomic(path, to_toml(recipe))
 
 
 def _is_free(key: str) -> bool:

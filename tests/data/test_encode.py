@@ -1,3 +1,4 @@
+import json
 import os
 import runpy
 import signal
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from mmpt.config import UserError
-from mmpt.data.encode import count_codes, encode_shards, second_view, with_used_codes
+from mmpt.data.codes import count_codes, with_used_codes
 from mmpt.data.encode import encode as encode_command
+from mmpt.data.encode import encode_shards
 from mmpt.data.index import build_index, save_index
+from mmpt.data.loader import DataConfig, Loader, SourceConfig
+from mmpt.data.shard_job import second_view
 from mmpt.data.shards import Document, is_heldout, write_shard
 from mmpt.data.tokens import EncodedDocument, TokenShard
-from mmpt.parts import Audio, Image, Text
+from mmpt.parts import Audio, Image, Text, Video
 from mmpt.processor import Processor, ProcessorSettings
 from mmpt.stream import Segment
 from mmpt.vocab import Modality, Vocabulary
@@ -30,9 +34,18 @@ class ByteProcessor:
     max_side: int = 64
     separator = np.array([10])
 
-    def encode_parts(self, parts):
+    def encode_batch(self, documents):
+        return [self.encode_document(parts) for parts in documents]
+
+    def to(self, device):
+        raise AssertionError(device)  # which is asked of processors on cards alone
+
+    def encode_document(self, parts):
         self.calls += 1
-        return [self._encode(part) for part in parts]
+        try:
+            return [self._encode(part) for part in parts]
+        except UserError as error:
+            return error
 
     def _encode(self, part):
         if isinstance(part, Text):
@@ -48,12 +61,12 @@ class FragileProcessor(ByteProcessor):
 
     folder: str = ""
 
-    def encode_parts(self, parts):
+    def encode_document(self, parts):
         mark = Path(self.folder) / "died"
         if self.calls == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode_parts(parts)
+        return super().encode_document(parts)
 
 
 @pytest.fixture
@@ -152,10 +165,10 @@ def test_an_interrupted_encoding_leaves_finished_shards_and_no_half_one(
     raws = [write_raw(tmp_path / f"raw-{number}.tar", number) for number in (3, 5)]
 
     class Stopping(ByteProcessor):
-        def encode_parts(self, parts):
+        def encode_document(self, parts):
             if self.calls == 5:
                 raise KeyboardInterrupt
-            return super().encode_parts(parts)
+            return super().encode_document(parts)
 
     with pytest.raises(KeyboardInterrupt):
         encode(raws, tmp_path / "out", Stopping(vocabulary))
@@ -311,3 +324,135 @@ def test_asking_for_second_views_encodes_again(tmp_path, processor):
     encode([raw], tmp_path / "out", processor)
     again = encode_shards([raw], tmp_path / "out", processor, augment=True, progress=False)
     assert again.kept == 0
+
+
+def mixed_documents(number):
+    """Pictures of two sizes and sounds of two lengths; every fifth cannot be encoded."""
+    rng = np.random.default_rng(0)
+    for index in range(number):
+        side = 8 * (1 + index % 2)
+        wave = rng.normal(0, 0.1, 2000 * (1 + index % 2)).astype(np.float32)
+        parts = [
+            Text(f"a red {index}"),
+            Image(rng.integers(0, 256, (side, 8, 3), dtype=np.uint8)),
+            Video(rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), 5.0)
+            if index % 5 == 4
+            else Audio(wave, 16_000),
+        ]
+        yield Document(f"d-{index}", f"d-{index}", "any", parts)
+
+
+@pytest.mark.parametrize("batch", [2, 7, 100])
+def test_a_batch_of_documents_gives_the_bytes_of_single_ones(zoo, tmp_path, batch):
+    """There is no tokenizer of clips: a bad document is quarantined alone."""
+    names = [str(zoo / name) for name in ("text", "image", "speech")]
+    processor = Processor.load(names, max_side=16)
+    raw = tmp_path / "raw.tar"
+    write_shard(raw, mixed_documents(12))
+    options = {"augment": True, "progress": False}
+    single = encode_shards([raw], tmp_path / "single", processor, batch=1, **options)
+    together = encode_shards([raw], tmp_path / "together", processor, batch=batch, **options)
+    assert (single.documents, single.bad) == (together.documents, together.bad) == (10, 2)
+    assert single.reasons == together.reasons == {"this model has no video tokenizer": 2}
+    for name in ("raw.tokens.tar", "raw.quarantine.jsonl"):
+        assert (tmp_path / "single" / name).read_bytes() == (
+            tmp_path / "together" / name
+        ).read_bytes()
+
+
+def test_a_batch_ends_before_its_media_take_too_much_memory(tmp_path, processor, monkeypatch):
+    sizes, encode_batch = [], processor.encode_batch
+
+    def watched(_, documents):
+        sizes.append(len(documents))
+        return encode_batch(documents)
+
+    monkeypatch.setattr(ByteProcessor, "encode_batch", watched)
+    monkeypatch.setattr("mmpt.data.shard_job.MAX_BATCH_BYTES", 3 * 4 * 6 * 3)
+    raw = write_raw(tmp_path / "raw.tar", 8)
+    encode_shards([raw], tmp_path / "out", processor, batch=5, progress=False)
+    assert sizes == [3, 3, 2]
+    with pytest.raises(UserError, match="batch = 0"):
+        encode_shards([raw], tmp_path / "out", processor, batch=0, progress=False)
+
+
+def listing(path, *rows):
+    lines = [json.dumps(dict(zip(("shard", "key", "filter"), row, strict=True))) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_what_a_list_leaves_out_is_counted_and_not_even_decoded(tmp_path, processor):
+    raw = tmp_path / "raw.tar"
+    documents = [Document(f"d-{n}", "b", "any", [Text("\x07" if n < 2 else "a")]) for n in range(9)]
+    write_shard(raw, documents)
+    save_index(build_index(raw))
+    rows = [("else/raw.tar", f"d-{n}", "short" if n else "copies") for n in (0, 3, 4)]
+    out = listing(tmp_path / "filtered.jsonl", *rows, ("other.tar", "d-8", "short"))
+    options = {"without": [out], "progress": False}
+    report = encode_shards([raw], tmp_path / "out", processor, **options)
+    assert report.filtered == {"copies": 1, "short": 2}
+    assert (report.documents, report.bad, report.promised) == (5, 1, 9)
+    assert report.reasons == {"bad text": 1}
+    [path] = report.shards
+    assert TokenShard(path).notes["filtered"] == {"copies": 1, "short": 2}
+    assert encode_shards([raw], tmp_path / "out", processor, **options).kept == 1
+    listing(out, *rows[:2])  # another list is another token shard
+    again = encode_shards([raw], tmp_path / "out", processor, **options)
+    assert (again.kept, again.documents) == (0, 6)
+    plain = encode_shards([raw], tmp_path / "out", processor, progress=False)
+    assert (plain.kept, plain.documents, plain.filtered) == (0, 7, {})
+
+
+def test_a_list_that_is_none_or_of_other_shards_is_one_line(tmp_path, processor):
+    raw, path = write_raw(tmp_path / "raw.tar", 1), tmp_path / "list.jsonl"
+    for text, message in (
+        ("{}", "line 1: no shard, key and filter"),
+        ("[1]", "line 1"),
+        ('{"shard": "raw.tar", "key": 1, "filter": "x"}', "must be strings"),
+        ('{"shard": "a.tar", "key": "k", "filter": "x"}', "of none that is encoded"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            encode_shards([raw], tmp_path / "out", processor, without=[path], progress=False)
+    with pytest.raises(UserError, match="cannot read the list"):
+        encode_shards([raw], tmp_path, processor, without=[tmp_path / "none"], progress=False)
+
+
+def test_a_dry_run_of_curation_and_encoding_leave_out_the_same(tmp_path, processor):
+    from mmpt.data.curate import CurateRecipe, curate_shards
+
+    raws = [write_raw(tmp_path / "raw" / f"raw-{number}.tar", number) for number in (11, 12)]
+    recipe = CurateRecipe(shards=(str(tmp_path / "raw"),), filters={"short": "text_chars < 11"})
+    curated = curate_shards(recipe, tmp_path / "curated", dry_run=True)
+    lists = [tmp_path / "curated" / "filtered.jsonl"]
+    report = encode_shards(raws, tmp_path / "out", processor, without=lists, progress=False)
+    assert report.filtered == curated.filtered == {"short": 20}
+    assert report.documents == curated.used == 3
+
+
+def test_the_loader_says_what_became_of_every_sample(tmp_path, processor):
+    raw = tmp_path / "raw.tar"
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    keys = [f"d-{index}" for index in range(40)]
+    parts = [[Text("\x07" if index < 3 else "a"), Image(picture)] for index in range(40)]
+    write_shard(raw, [Document(k, k, "any", p) for k, p in zip(keys, parts, strict=True)])
+    save_index(build_index(raw))
+    out = listing(tmp_path / "filtered.jsonl", *[(str(raw), key, "dull") for key in keys[20:24]])
+    encode_shards([raw], tmp_path / "out", processor, without=[out], augment=True, progress=False)
+    config = DataConfig(sources={"a": SourceConfig(shards=(str(tmp_path / "out"),))}, length=64)
+    samples = Loader(config, processor.vocabulary, seed=0).summary()["samples"]["a"]
+    heldout = sum(is_heldout(key) for key in keys[3:20] + keys[24:])
+    assert heldout > 0
+    assert samples == {
+        "used": 33 - heldout,
+        "filtered": {"dull": 4, "held out": heldout},
+        "quarantined": 3,
+        "promised": 40,
+    }
+
+
+def test_a_card_that_is_not_there_is_one_line(tmp_path, processor):
+    raw = write_raw(tmp_path / "raw.tar", 1)
+    with pytest.raises(UserError, match="cannot be used here"):
+        encode_shards([raw], tmp_path / "out", processor, device="cuda:77", progress=False)

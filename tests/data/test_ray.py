@@ -52,19 +52,22 @@ def linger(folder: str, task: int, report: Callable[[int], None]) -> None:
 
 
 class FragileProcessor:
-    """Encodes as another one does; the first process that gets to its second document dies."""
+    """Encodes as another one does; the first process that gets to its second batch dies."""
 
     def __init__(self, inner: Any, folder: Path) -> None:
         self.vocabulary, self.separator = inner.vocabulary, inner.separator
         self.max_side, self._inner, self._mark = inner.max_side, inner, folder / "died"
         self._calls = 0
 
-    def encode_parts(self, parts: Sequence[Any]) -> list[Any]:
+    def to(self, device: str) -> None:
+        self._inner.to(device)
+
+    def encode_batch(self, documents: Sequence[Any]) -> list[Any]:
         self._calls += 1
         if self._calls == 2 and not self._mark.exists():
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._inner.encode_parts(parts)
+        return self._inner.encode_batch(documents)
 
 
 def run(address: str, *job: Any, workers: int = 2) -> list[Any]:
@@ -148,7 +151,7 @@ def test_actors_write_what_processes_write_and_one_may_die(
         ]
         write_shard(raw, documents)
     processor = Processor.load([str(zoo / name) for name in ("text", "image")], max_side=16)
-    options: dict[str, Any] = {"augment": True, "progress": False}
+    options: dict[str, Any] = {"augment": True, "progress": False, "batch": 2}
     alone = encode_shards(raws, tmp_path / "alone", processor, **options)
     (tmp_path / "apart").mkdir()
     (tmp_path / "apart" / "raw-6.tokens.tar.1.tmp").touch()  # of a command that was killed

@@ -328,9 +328,28 @@ def test_links_and_devices_are_not_followed(tmp_path, kind):
 def test_members_that_do_not_stand_together_are_reported(tmp_path):
     data = png_bytes(tmp_path)
     members = [("a.png", data), ("b.png", data), ("a.txt", b"a"), ("b.txt", b"b")]
-    _, quarantine = read_all(write_tar(tmp_path / "a.tar", members))
-    assert quarantine.reasons["scattered"] == 2
-    assert quarantine.reasons["beside damage"] == 2
+    documents, quarantine = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [document.key for document in documents] == ["a", "b"]
+    assert dict(quarantine.reasons) == {"maybe incomplete": 2}
+
+
+def test_a_key_that_returns_is_counted_once_and_used_where_its_list_is_whole(tmp_path):
+    data = png_bytes(tmp_path)
+    text, picture = {"type": "text", "text": "a"}, {"type": "image", "ref": "png"}
+    members = [
+        ("a.json", describe(text)),
+        ("b.json", describe(text, picture)),
+        ("b.png", data),
+        ("a.json", describe(text, picture)),
+        ("a.png", data),
+        ("b.json", describe(text, picture)),  # its picture stands elsewhere
+        ("a.txt", b"plain"),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    documents, quarantine = read_all(path)
+    assert [document.key for document in documents] == ["a", "b", "a"]
+    assert dict(quarantine.reasons) == {"missing part": 1, "maybe incomplete": 1}
+    assert len(documents) + quarantine.count == len(list(read_samples(path))) == 5
 
 
 def test_a_repeated_member_is_reported_and_the_first_is_kept(tmp_path):

@@ -43,8 +43,11 @@ def _loop(layer, config, x, modality):
         best = (scores.detach() + getattr(experts, "balance", 0)).topk(experts.num_active).indices
         y = torch.zeros_like(x[b, t])
         for e in best.tolist():
-            gate, up = (x[b, t] @ experts.gate_up[e]).chunk(2)
-            expert = (F.silu(gate) * up) @ experts.down[e]
+            gate, up = (
+                x[b, t] @ experts.bank.gate_up[e, :, 0],
+                x[b, t] @ experts.bank.gate_up[e, :, 1],
+            )
+            expert = (F.silu(gate) * up) @ experts.bank.down[e]
             y = y + scores[e] * (2 / experts.num_active) * expert
         out[b, t] = y
     return out
@@ -122,9 +125,9 @@ def test_copies_of_one_expert_compute_what_the_one_computes(make_config):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name in ("gate_up", "down"):
-            weight = torch.randn(getattr(one, name).shape, generator=generator)
-            getattr(one, name).copy_(weight)
-            getattr(many, name).copy_(weight.expand_as(getattr(many, name)))
+            weight = torch.randn(getattr(one.bank, name).shape, generator=generator)
+            getattr(one.bank, name).copy_(weight)
+            getattr(many.bank, name).copy_(weight.expand_as(getattr(many.bank, name)))
         many.router.zero_()
     x = torch.randn(5, config.width, generator=generator)
     torch.testing.assert_close(many(x), one(x))

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
@@ -235,5 +236,24 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(make_model, tmp_path):
     make_model().save(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"no readable model\.safetensors"):
+    with pytest.raises(UserError, match=r"no readable weights"):
         Decoder.load(folder)
+
+
+def test_a_model_of_format_1_is_read_as_it_was(make_model, tmp_path):
+    model = make_model()
+    model.add_noisy_groups()
+    model.save(tmp_path)
+    config, tensors = model.config, load_file(tmp_path / "model.safetensors")
+    old = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("project_in", "noisy_in.up")):  # all queries, all keys, all values
+            heads = tensor.view(config.num_kv_heads, -1, config.head_width, tensor.shape[1])
+            tensor = torch.cat(
+                [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
+            )
+        old[name.replace(".bank", "")] = tensor.flatten(2) if "gate_up" in name else tensor
+    save_file(old, tmp_path / "model.safetensors")
+    _edit(tmp_path, format_version=1)
+    loaded = Decoder.load(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())

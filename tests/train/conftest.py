@@ -1,6 +1,10 @@
 """A model and a run so small that a step takes milliseconds."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Runs a script of this folder to its end; it forks ranks of its own."""
+
+    def run(name, *arguments, check=True):
+        here = Path(__file__).parent
+        done = subprocess.run(
+            [sys.executable, here / name, *arguments],
+            env=os.environ | {"PYTHONPATH": str(here.parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
 
 
 @pytest.fixture

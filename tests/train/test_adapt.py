@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmpt.config import UserError
-from mmpt.data.encode import with_used_codes
+from mmpt.data.codes import with_used_codes
 from mmpt.model.transformer import Decoder
 from mmpt.processor import ProcessorSettings
 from mmpt.train.adapt import Denoise, adapt, find_model
@@ -71,12 +71,15 @@ def test_denoising_reports_only_media(tmp_path, adapt_recipe, vocabulary):
 
 
 def test_rows_without_media_are_no_bad_step(tmp_path, adapt_recipe, vocabulary):
-    model = Decoder.load(find_model(adapt_recipe.start))
-    model.add_noisy_groups()
-    model.freeze_for_adaptation()
+    def build():
+        model = Decoder.load(find_model(adapt_recipe.start))
+        model.add_noisy_groups()
+        model.freeze_for_adaptation()
+        return model
+
     objective = Denoise(vocabulary, max_noisy=1)  # no block fits
     trainer = Trainer(
-        adapt_recipe, tmp_path / "run", model=model, vocabulary=vocabulary, objective=objective
+        adapt_recipe, tmp_path / "run", build=build, vocabulary=vocabulary, objective=objective
     )
     metrics = trainer.step()
     assert metrics["modality"] == {}

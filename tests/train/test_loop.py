@@ -33,7 +33,7 @@ def lines(folder, *, timed=False):
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not timed:
         for line in kept:
-            for key in ("seconds", "data_seconds", "step_seconds"):
+            for key in ("seconds", "laps", "step_seconds"):
                 del line[key]
     return kept
 
@@ -60,7 +60,7 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, run, ten
         assert tensors_equal(weights(folder), weights(tmp_path / "whole"))
         assert lines(folder) == lines(tmp_path / "whole")
         ours, theirs = (
-            json.loads((latest(f / "checkpoints") / "state.json").read_text())["state"]["loader"]
+            json.loads((latest(f / "checkpoints") / "loader-00000.json").read_text())
             for f in (folder, tmp_path / "whole")
         )
         assert ours == theirs
@@ -84,14 +84,18 @@ def test_a_run_killed_between_checkpoints_repeats_its_last_steps(tmp_path, run, 
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_a_loadable_checkpoint(tmp_path, run, number, vocabulary, caplog):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_ends_a_run_with_a_loadable_checkpoint(
+    tmp_path, run, number, status, vocabulary, caplog
+):
     before = signal.getsignal(number)
     result = run(
         tmp_path / "run",
         on_step=lambda metrics: metrics["step"] == 3 and signal.raise_signal(number),
     )
-    assert result.to_json()["exit_status"] == 130
+    assert result.to_json()["exit_status"] == status
     assert "stopped at step 3 of 10" in caplog.text
     assert signal.getsignal(number) == before
     assert result.checkpoint.name == "step-00000003"
@@ -159,8 +163,13 @@ class Poisoned(NextToken):
 
 
 def poisoned(recipe, folder, vocabulary, bad):
-    model = Decoder.from_config(recipe.model, seed=recipe.seed)
-    return Trainer(recipe, folder, model=model, vocabulary=vocabulary, objective=Poisoned(bad))
+    return Trainer(
+        recipe,
+        folder,
+        build=lambda: Decoder.from_config(recipe.model, seed=recipe.seed),
+        vocabulary=vocabulary,
+        objective=Poisoned(bad),
+    )
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, vocabulary):
@@ -173,13 +182,13 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, voc
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     trainer.step()
     assert not all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
-    assert trainer.counters.bad_in_a_row == 0
+    assert trainer.guard.in_a_row == 0
 
 
 def test_too_many_bad_steps_stop_the_run_in_one_line(tmp_path, another, vocabulary):
     recipe = another(max_bad_steps=3)
     trainer = poisoned(recipe, tmp_path / "run", vocabulary, bad={6, 7, 8})
-    with pytest.raises(UserError, match="not finite in 3 steps in a row") as error:
+    with pytest.raises(UserError, match="3 steps in a row were skipped") as error:
         trainer.run(progress=False)
     assert "step-00000004" in str(error.value)
     assert "\n" not in str(error.value)
