@@ -101,6 +101,11 @@ VERBS = {
         "held-out likelihood of a model by modality, beside baselines",
         "runs/quickstart/model --tokens runs/quickstart/tokens",
     ),
+    "report": (
+        "mmpt.eval.training:report_command",
+        "show and compare training runs on one page",
+        "runs/tiny runs/other --out report.html",
+    ),
     "bench": (
         "mmpt.bench:bench",
         "measure a part side by side with others",
