@@ -20,8 +20,7 @@ RANKS = (
     ("config", "vocab", "hub", "media", "sound", "parts", "stream", "doctor", "results", "process"),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
-    ("decode", "train"),
-    ("eval",),
+    ("decode", "train", "eval"),  # a run is evaluated while it trains
     ("pipeline",),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )
