@@ -24,6 +24,7 @@ from mmpt.train.parallel import Ranks
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 FILE = "evaluations.jsonl"
+MAX_READ = 20_000  # documents that are looked at to choose from
 TRAIN_FACTOR = 4  # a probe learns from so many times the documents that it is judged on
 
 
@@ -55,7 +56,7 @@ class Evaluation:
         for shard in shards:
             by_source.setdefault(source_of(shard.path), []).append(shard)
         self._documents = {
-            source: {m: chosen for m in Modality if (chosen := self._pick(own, m))}
+            source: _by_medium(_read(own, heldout=True), config.documents)
             for source, own in by_source.items()
         }
         if not any(self._documents.values()):
@@ -124,11 +125,6 @@ class Evaluation:
             sums[source][medium] = total + nats, count + int(stream.loss_weight.sum())
         return sums
 
-    def _pick(self, shards: Sequence[TokenShard], medium: Modality) -> list[EncodedDocument]:
-        """Held-out documents that have the medium, evenly spread over the shards."""
-        found = [d for d in _read(shards, heldout=True) if _has(d, medium)]
-        return _spread(found, self.config.documents)
-
 
 def source_of(path: Path) -> str:
     """emoji-heldout-0000.tokens.tar -> emoji."""
@@ -136,11 +132,22 @@ def source_of(path: Path) -> str:
     return re.sub(r"(-(train|heldout|val|test))?(-\d+)?$", "", name) or name
 
 
-def _read(shards: Sequence[TokenShard], *, heldout: bool) -> Iterable[EncodedDocument]:
-    for shard in shards:
-        for number, base in enumerate(shard.bases):
-            if is_heldout(base) == heldout:
-                yield shard[number]
+def _read(shards: Sequence[TokenShard], *, heldout: bool) -> list[EncodedDocument]:
+    """Documents of one side of the split; of very many, every k-th."""
+    found = [
+        (shard, number)
+        for shard in shards
+        for number, base in enumerate(shard.bases)
+        if is_heldout(base) == heldout
+    ]
+    return [shard[number] for shard, number in _spread(found, MAX_READ)]
+
+
+def _by_medium(
+    documents: Sequence[EncodedDocument], count: int
+) -> dict[Modality, list[EncodedDocument]]:
+    found = {m: [d for d in documents if _has(d, m)] for m in Modality}
+    return {m: _spread(each, count) for m, each in found.items() if each}
 
 
 def _has(document: EncodedDocument, medium: Modality) -> bool:
