@@ -109,7 +109,7 @@ def test_a_probe_reads_off_what_the_states_hold_and_nothing_else(model, vocabula
 
     passes = Passes(model, vocabulary)
     for told in (True, False):
-        train, heldout = labelled(80, told=told), labelled(60, told=told)
+        train, heldout = labelled(200, told=told), labelled(100, told=told)
         found = measure_probe(passes, vocabulary, Modality.IMAGE, train, heldout, NEWLINE)
         assert found["chance"] == 0.5
         assert found["classes"] == 2

@@ -8,7 +8,7 @@ import numpy as np
 from mmpt.eval.runs import Run
 from mmpt.page.curves import Curve, line_panel, run_hue
 from mmpt.page.frame import Frame
-from mmpt.page.markup import MODALITIES, chip, escape, finite, number, table, tag
+from mmpt.page.markup import MODALITIES, chip, escape, finite, hue, number, table, tag
 
 
 def heldout(runs: Sequence[Run]) -> str:
@@ -25,7 +25,10 @@ def heldout(runs: Sequence[Run]) -> str:
                 f"held-out {medium}",
                 [
                     Curve(
-                        run.name, run_hue(index), *_series(run, "loss", medium, "nats"), dotted=True
+                        run.name,
+                        run_hue(index) if len(runs) > 1 else hue(medium),
+                        *_series(run, "loss", medium, "nats"),
+                        dotted=True,
                     )
                     for index, run in enumerate(runs)
                 ],
