@@ -106,6 +106,11 @@ VERBS = {
         "show and compare training runs on one page",
         "runs/tiny runs/other --out report.html",
     ),
+    "scaling": (
+        "mmpt.eval.scaling:scaling_command",
+        "fit held-out losses of runs to their compute, and predict a larger run",
+        "runs/s runs/m runs/l runs/xl --out scaling.html --json",
+    ),
     "bench": (
         "mmpt.bench:bench",
         "measure a part side by side with others",

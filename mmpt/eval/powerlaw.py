@@ -22,8 +22,8 @@ DELTA = 5e-3  # of the Huber loss, in log L: about the noise between seeds
 ALPHAS = (0.05, 3.0)  # limits of an exponent
 FLOOR = 1e-4  # least E, as a share of the least loss
 STEPS = 80
-DRAWS = 400
-SHUFFLES = 200
+DRAWS = 300
+SHUFFLES = 100
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def fit_law(sizes: np.ndarray, losses: np.ndarray) -> Law:
     noises = noise * np.sqrt(freedom / rng.chisquare(freedom, DRAWS))
     noises = np.minimum(noises, 10 * noise)
     drawn = y - residual + noises[:, None] * rng.standard_normal((DRAWS, count))
-    near = np.concatenate([best[None], starts[:: max(len(starts) // 8, 1)]])
+    near = np.concatenate([best[None], starts[:: max(len(starts) // 3, 1)]])
     draws, _ = _best_of(near, x, drawn)
     shuffled = np.stack([rng.permutation(y) for _ in range(SHUFFLES)])
     _, others = _best_of(near, x, shuffled)

@@ -74,10 +74,12 @@ def line_panel(
     *,
     reference: float | None = None,
     points: int = MAX_POINTS,
+    values: int | None = None,
 ) -> str:
     """Curves in a frame that fits them; `frame` gives units and kinds of axes.
 
     reference: the value of a dashed horizontal line. points: most of one line.
+    values: how many curves, the first ones, have their last value written beside them; all.
     """
     curves = [curve for curve in curves if len(curve.xs)]
     if not curves:
@@ -93,7 +95,7 @@ def line_panel(
         "svg",
         *frame.axes(),
         *drawn,
-        *_end_values(curves, frame),
+        *_end_values(curves[:values], frame),
         viewBox=f"0 0 {frame.width} {frame.height}",
         role="img",
         aria_label=f"{title}, at the end: {words}",
