@@ -9,7 +9,6 @@ from mmpt.eval.page import progress, training
 from mmpt.eval.runs import Run, read_runs
 from mmpt.page.curves import hue_legend
 from mmpt.page.document import document
-from mmpt.page.markup import tag
 
 
 def report_command(runs: Sequence[str], *, out: Path = Path("report.html")) -> dict[str, Any]:
@@ -35,10 +34,13 @@ def render_runs(runs: Sequence[Run]) -> str:
         "samples": ("What it makes", training.samples(runs)),
         "recipes": ("What differs", training.recipes(runs)),
     }
+    title = runs[0].name
+    if len(runs) > 1:
+        title, legend = f"{len(runs)} training runs", hue_legend([run.name for run in runs])
+        for name in ("loss", "held-out", "signals", "optimisation", "experts", "time"):
+            heading, content = chapters[name]
+            chapters[name] = heading, content and legend + content
     optional = ("held-out", "signals", "samples")
     chapters = {k: v for k, v in chapters.items() if v[1] or k not in optional}
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} training runs"
-    legend = hue_legend([run.name for run in runs]) if len(runs) > 1 else ""
-    sticky = tag("div", legend, class_="sticky") if legend else ""
-    head = training.overview(runs) + sticky
+    head = training.overview(runs)
     return document(title, training.lead(runs), head, chapters, style=training.STYLE)

@@ -5,7 +5,9 @@ import math
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
+import soundfile
 
 from mmpt.config import UserError
 from mmpt.eval.runs import flops_per_id, read_run, read_runs, training_flops
@@ -197,3 +199,17 @@ def test_many_experts_are_a_dense_map(make_run):
     html = render_runs([read_run(make_run("wide", rows))])
     assert "layer 24, expert 64" in html
     assert len(html) < 500_000
+
+
+def test_samples_of_the_run_folder_are_shown_and_no_other_files(make_run, page):
+    folder = make_run("run", [row(1), row(2)])
+    (folder / "samples" / "step-2").mkdir(parents=True)
+    PIL.Image.new("RGB", (8, 8)).save(folder / "samples" / "step-2" / "grid.png")
+    soundfile.write(folder / "samples" / "step-2" / "said.wav", np.zeros(800), 16_000)
+    (folder / "samples" / "notes.html").write_text("<script>")
+    (folder / "samples" / "large.wav").write_bytes(bytes(1_000_000))
+    read = page(folder)
+    assert read.asks_nothing()
+    assert [attrs["alt"] for attrs in read.all("img")] == ["step-2/grid.png"]
+    assert [attrs["aria-label"] for attrs in read.all("audio")] == ["step-2/said.wav"]
+    assert "1 more are in the folder" in read.text

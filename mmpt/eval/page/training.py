@@ -40,7 +40,6 @@ STYLE = """
 .dashed .line { stroke-dasharray: 5 3; }
 .band { fill: var(--hue); fill-opacity: .14; } .panel circle { fill: var(--hue); }
 .bands .fill { stroke: var(--page); stroke-width: .6; }
-.sticky { position: sticky; top: 0; background: var(--page); z-index: 1; padding: 4px 0; }
 .axis { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .axis > .panels { flex: 1 0 100%; display: none; }
 .axis input { position: absolute; opacity: 0; }
@@ -55,7 +54,8 @@ STYLE = """
 .panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 h3::first-letter { text-transform: none; } .tiles strong { font-size: 1.5rem; }
 .panel .value { fill: var(--hue); }
-.cells img { max-width: 100%; border-radius: 10px; }
+.sample { flex: 1 1 320px; max-width: 640px; } .sample img { display: block; max-width: 100%; }
+.sample figcaption { font-size: .8125rem; color: var(--soft); margin-bottom: 6px; }
 td .chip { font-weight: 400; }
 """
 
@@ -399,6 +399,9 @@ def _sample(path: Path, name: str) -> str:
     uri = f"data:{SAMPLES[path.suffix.lower()]};base64,"
     uri += base64.b64encode(path.read_bytes()).decode()
     sound = path.suffix.lower() == ".wav"
-    what = tag("audio", controls=True, src=uri) if sound else tag("img", src=uri, alt=name)
-    kind = "sound" if sound else "picture"
-    return tag("figure", tag("figcaption", escape(name)), what, class_=f"cell {kind}")
+    what = (
+        tag("audio", controls=True, src=uri, aria_label=name)
+        if sound
+        else tag("img", src=uri, alt=name)
+    )
+    return tag("figure", tag("figcaption", escape(name)), what, class_="sample")
