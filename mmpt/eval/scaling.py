@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmpt.config import UserError, write_atomic
-from mmpt.eval.page.training import STYLE
+from mmpt.eval.page.panels import style
 from mmpt.eval.powerlaw import Estimate, Law, fit_law, separable
 from mmpt.eval.runs import Run, flops_per_id, read_runs, training_flops
 from mmpt.page.curves import Curve, hue_legend, line_panel, run_hue
@@ -167,7 +167,7 @@ def _page(
         del chapters["sizes"]
     kept = sum(law.by_chance < CHANCE for law in laws.values())
     lead = f"{len(runs)} finished runs; a law holds for {kept} of {len(laws)} media."
-    return document("Scaling", lead, "", chapters, style=STYLE)
+    return document("Scaling", lead, "", chapters, style=style())
 
 
 def _panel(

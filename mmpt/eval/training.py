@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mmpt.config import write_atomic
-from mmpt.eval.page import progress, training
+from mmpt.eval.page import progress, training, work
+from mmpt.eval.page.panels import style
 from mmpt.eval.runs import Run, read_runs
 from mmpt.page.curves import hue_legend
 from mmpt.page.document import document
@@ -28,9 +29,9 @@ def render_runs(runs: Sequence[Run]) -> str:
         "held-out": ("What it makes of what it never saw", progress.heldout(runs)),
         "signals": ("Early signals", progress.signals(runs)),
         "optimisation": ("Rates, gradients, skipped steps", training.optimisation(runs)),
-        "mix": ("What it reads", training.mix(runs)),
-        "experts": ("Who does the work", training.experts(runs)),
-        "time": ("Where the time goes", training.time(runs)),
+        "mix": ("What it reads", work.mix(runs)),
+        "experts": ("Who does the work", work.experts(runs)),
+        "time": ("Where the time goes", work.time(runs)),
         "samples": ("What it makes", training.samples(runs)),
         "recipes": ("What differs", training.recipes(runs)),
     }
@@ -43,4 +44,4 @@ def render_runs(runs: Sequence[Run]) -> str:
     optional = ("held-out", "signals", "samples")
     chapters = {k: v for k, v in chapters.items() if v[1] or k not in optional}
     head = training.overview(runs)
-    return document(title, training.lead(runs), head, chapters, style=training.STYLE)
+    return document(title, training.lead(runs), head, chapters, style=style())

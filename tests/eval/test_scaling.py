@@ -115,11 +115,11 @@ def test_intervals_cover_the_planted_values_most_of_the_time():
     sizes = np.geomspace(1e15, 1e18, 6)[:, None]
     planted = FLOOR + 3 * (sizes[:, 0] / 1e15) ** -ALPHA
     hits = 0
-    for seed in range(8):
+    for seed in range(5):
         noise = np.random.default_rng(seed).standard_normal(6)
         law = fit_law(sizes, planted * np.exp(0.005 * noise))
         hits += law.exponent().low <= ALPHA <= law.exponent().high
-    assert hits >= 6
+    assert hits >= 4
 
 
 def test_one_run_that_went_wrong_moves_little():

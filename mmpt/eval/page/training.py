@@ -3,61 +3,28 @@
 import base64
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mmpt.eval.page import shares
-from mmpt.eval.runs import Run, Window, training_flops
+from mmpt.eval.page.panels import figure, heading, most_points, run_chip, step_panel
+from mmpt.eval.runs import Run, training_flops
 from mmpt.page.curves import (
     Curve,
-    hue_legend,
     known,
     line_panel,
     run_hue,
     smooth,
-    stacked_panel,
 )
 from mmpt.page.document import tile
 from mmpt.page.frame import Frame, compact
-from mmpt.page.markup import chip, duration, escape, hue, number, percent, plain, table, tag
+from mmpt.page.markup import chip, duration, escape, hue, number, plain, table, tag
 
 AXES = {"steps": "step", "ids": "tokens", "FLOPs": "flops", "seconds": "seconds"}
 LATE = 0.05  # the last share of a run that its table tells of
-DEAD = 0.1  # of an even share: an expert with less in the last window is dead
 MAX_SAMPLES, MAX_SAMPLE_BYTES = 12, 400_000  # of a page
 SAMPLES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".wav": "audio/wav"}
-
-STYLE = """
-.r-0 { --hue: #3a82e6; } .r-1 { --hue: #d4601c; } .r-2 { --hue: #0d8a63; } .r-3 { --hue: #9a3486; }
-.r-4 { --hue: #a98600; } .r-5 { --hue: #5b5bd6; } .r-6 { --hue: #c2334d; } .r-7 { --hue: #5d7a8c; }
-@media (prefers-color-scheme: dark) {
-  .r-0 { --hue: #6c9cf8; } .r-1 { --hue: #f28a45; } .r-2 { --hue: #5fe3b0; }
-  .r-3 { --hue: #e3aee6; } .r-4 { --hue: #e2c04a; } .r-5 { --hue: #a5a3ff; }
-  .r-6 { --hue: #ff8496; } .r-7 { --hue: #a3bccb; }
-}
-.dashed .line { stroke-dasharray: 5 3; }
-.band { fill: var(--hue); fill-opacity: .14; } .panel circle { fill: var(--hue); }
-.bands .fill { stroke: var(--page); stroke-width: .6; }
-.axis { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
-.axis > .panels { flex: 1 0 100%; display: none; }
-.axis input { position: absolute; opacity: 0; }
-.axis label { border: 1px solid var(--line); border-radius: 99px; padding: 2px 14px;
-  cursor: pointer; font-size: .875rem; color: var(--soft); }
-.axis input:checked + label { background: var(--ink); color: var(--page); }
-.axis input:focus-visible + label { outline: 2px solid var(--text); outline-offset: 2px; }
-.axis input:nth-of-type(1):checked ~ .panels:nth-of-type(1),
-.axis input:nth-of-type(2):checked ~ .panels:nth-of-type(2),
-.axis input:nth-of-type(3):checked ~ .panels:nth-of-type(3),
-.axis input:nth-of-type(4):checked ~ .panels:nth-of-type(4) { display: grid; }
-.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
-h3::first-letter { text-transform: none; } .tiles strong { font-size: 1.5rem; }
-.panel .value { fill: var(--hue); }
-.sample { flex: 1 1 320px; max-width: 640px; } .sample img { display: block; max-width: 100%; }
-.sample figcaption { font-size: .8125rem; color: var(--soft); margin-bottom: 6px; }
-td .chip { font-weight: 400; }
-"""
 
 
 def lead(runs: Sequence[Run]) -> str:
@@ -80,7 +47,7 @@ def overview(runs: Sequence[Run]) -> str:
     for index, run in enumerate(runs):
         figures = [f"{value} {tag('small', unit)}" for _, value, unit in _figures(run)[:6]]
         losses = [number(_late(run, f"{name} loss", f"{name} ids")) for name in media]
-        rows.append([_run_chip(run, index), *figures, *losses])
+        rows.append([run_chip(run, index), *figures, *losses])
     head = ["", *names[:6], *(f"{name}, nats" for name in media)]
     return table(head, rows, label="Runs")
 
@@ -112,8 +79,10 @@ def losses(runs: Sequence[Run]) -> str:
 def optimisation(runs: Sequence[Run]) -> str:
     """Learning rate, gradient norm, and which steps were skipped and why."""
     panels = [
-        _panel(runs, "learning rate", "lr", Frame(last=0, low=0, high=0, y_unit="rate", left=46)),
-        _panel(
+        step_panel(
+            runs, "learning rate", "lr", Frame(last=0, low=0, high=0, y_unit="rate", left=46)
+        ),
+        step_panel(
             runs,
             "gradient norm",
             "grad_norm",
@@ -126,79 +95,13 @@ def optimisation(runs: Sequence[Run]) -> str:
         for reason, count in Counter(reason for _, reason in run.skipped).most_common():
             steps = [step for step, why in run.skipped if why == reason]
             shown = ", ".join(f"{step:,}" for step in steps[:8]) + (" ..." if count > 8 else "")
-            rows.append([_run_chip(run, index), escape(reason), number(count), shown])
+            rows.append([run_chip(run, index), escape(reason), number(count), shown])
     skipped = (
         table(["", "why", "steps", "which"], rows, label="Skipped steps")
         if rows
         else tag("p", "No step was skipped.", class_="prose")
     )
     return tag("div", *panels, class_="panels") + tag("h3", "skipped steps") + skipped
-
-
-def mix(runs: Sequence[Run]) -> str:
-    """Shares of sources and of media in what was read, over training."""
-    out = []
-    for run in runs:
-        media = {name: np.nan_to_num(run.get(f"{name} ids")) for name in run.media}
-        tokens = np.nan_to_num(run.get("tokens"))
-        read = {
-            name: np.diff(np.nan_to_num(run.get(f"source {name}")) * tokens, prepend=0.0)
-            for name in run.names("source ")
-        }
-        parts = [
-            _stacked(run, "source", read, [run_hue(number) for number in range(len(read))]),
-            _stacked(run, "medium", media, [hue(name) for name in media]),
-        ]
-        if any(parts):
-            title = _heading(run, runs)
-            out.append(title + tag("div", *parts, class_="panels"))
-    return "".join(out)
-
-
-def experts(runs: Sequence[Run]) -> str:
-    """Load per layer x group x expert at the end, how even it was over training, dead experts."""
-    groups = list(dict.fromkeys(g for run in runs for w in run.windows for g in w.loads))
-    several = [g for g in groups if any(_num_experts(run, g) > 1 for run in runs)]
-    if not several:
-        return ""
-    frame = Frame(last=0, low=0, high=0, y_unit="evenness", left=46)
-    even = [_window_panel(runs, f"{group} experts", frame, _evenness(group)) for group in several]
-    router = list(dict.fromkeys(name for run in runs for name in run.names("entropy ")))
-    nats = Frame(last=0, low=0, high=0, y_unit="nats", left=46)
-    even += [_panel(runs, f"router entropy of {g}", f"entropy {g}", nats) for g in router]
-    text = (
-        "Evenness is the entropy of an expert's shares beside that of even shares: 1 is all alike, "
-        "mean over layers. The maps are of the last stretch of each run: rows are layers, columns "
-        "experts; half colour is an even share, full colour twice that. "
-        f"An expert with less than {percent(DEAD)} of an even share counts as dead."
-    )
-    maps = tag("div", *(_expert_maps(run, several, runs) for run in runs), class_="panels")
-    return tag("p", text, class_="prose") + tag("div", *even, class_="panels") + maps
-
-
-def time(runs: Sequence[Run]) -> str:
-    """Ids a second, and the seconds of a step by what they went into."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        speeds = [run.get("step_tokens") / run.get("step_seconds") for run in runs]
-    frame = Frame(last=0, low=0, high=0, y_unit="ids/s", left=46)
-    speed = _figure(
-        "throughput", line_panel("throughput", _curves(runs, speeds, faint=len(runs) == 1), frame)
-    )
-    bars, rows = [], []
-    for index, run in enumerate(runs):
-        laps = {name: sum(w.laps.get(name, 0.0) for w in run.windows) for name in _laps(run)}
-        total = sum(w.seconds for w in run.windows) or math.nan
-        if laps:
-            laps["other"] = max(total - sum(laps.values()), 0.0)
-            per_step = [f"{1000 * laps[name] / run.num_steps:,.0f}" for name in laps]
-            cells = [f"{name} {ms} ms" for name, ms in zip(laps, per_step, strict=True)]
-            rows.append([_run_chip(run, index), ", ".join(map(escape, cells))])
-            shown = {name: value for name, value in laps.items() if value > 0}
-            hues = {name: run_hue(number) for number, name in enumerate(shown)}
-            title = f"a step of {escape(run.name)}" if len(runs) > 1 else "where a step's time goes"
-            bars.append(_figure(title, shares.stacked_bar(shown, hues)))
-    laps_table = table(["", "milliseconds a step"], rows, label="Laps") if rows else ""
-    return tag("div", speed, *bars, class_="panels") + laps_table
 
 
 def samples(runs: Sequence[Run]) -> str:
@@ -215,7 +118,7 @@ def samples(runs: Sequence[Run]) -> str:
         if figures:
             rest = len(found) - len(figures)
             more = tag("p", f"{rest} more are in the folder.", class_="prose") if rest else ""
-            out.append(_heading(run, runs) + tag("div", *figures, class_="cells") + more)
+            out.append(heading(run, runs) + tag("div", *figures, class_="cells") + more)
     return "".join(out)
 
 
@@ -228,7 +131,7 @@ def recipes(runs: Sequence[Run]) -> str:
     if not rows:
         same = "The recipes do not differ." if any(run.recipe for run in runs) else ""
         return tag("p", same, class_="prose") if same else ""
-    head = ["", *(_run_chip(run, i) if len(runs) > 1 else "value" for i, run in enumerate(runs))]
+    head = ["", *(run_chip(run, i) if len(runs) > 1 else "value" for i, run in enumerate(runs))]
     return table(head, rows, label="Recipes")
 
 
@@ -268,19 +171,6 @@ def _late(run: Run, column: str, weights: str) -> float:
     return float(np.average(values[here], weights=weight[here])) if here.any() else math.nan
 
 
-def _run_chip(run: Run, index: int) -> str:
-    return chip(run.name, run_hue(index))
-
-
-def _heading(run: Run, runs: Sequence[Run]) -> str:
-    """The name of one of several runs."""
-    return tag("h3", _run_chip(run, list(runs).index(run))) if len(runs) > 1 else ""
-
-
-def _figure(title: str, chart: str) -> str:
-    return tag("figure", tag("figcaption", title), chart, class_="chart") if chart else ""
-
-
 def _loss(
     runs: Sequence[Run], flops: Sequence[np.ndarray], medium: str, column: str, unit: str
 ) -> str:
@@ -295,104 +185,7 @@ def _loss(
             colour = hue(medium) if one else run_hue(index)
             curves.append(Curve(run.name, colour, xs[here], mean, ys[here] if one else None))
     frame = Frame(last=0, low=0, high=0, x_unit=unit)
-    return _figure(chip(medium), line_panel(medium, curves, frame, points=_points(runs)))
-
-
-def _points(runs: Sequence[Run]) -> int:
-    return max(600 // max(len(runs) // 3, 1), 60)  # so that the page stays small
-
-
-def _curves(
-    runs: Sequence[Run], columns: Sequence[np.ndarray], *, faint: bool = False
-) -> list[Curve]:
-    out = []
-    for index, (run, ys) in enumerate(zip(runs, columns, strict=True)):
-        here = known(run.get("step"), ys)
-        if here.any():
-            xs, ys = run.get("step")[here], ys[here]
-            mean = smooth(ys, share=0.01) if faint else ys
-            out.append(Curve(run.name, run_hue(index), xs, mean, ys if faint else None))
-    return out
-
-
-def _panel(
-    runs: Sequence[Run], title: str, column: str, frame: Frame, *, faint: bool = False
-) -> str:
-    columns = [run.get(column) for run in runs]
-    if frame.log_y:
-        columns = [np.where(values > 0, values, math.nan) for values in columns]
-    curves = _curves(runs, columns, faint=faint)
-    return _figure(title, line_panel(title, curves, frame, points=_points(runs)))
-
-
-def _window_panel(
-    runs: Sequence[Run], title: str, frame: Frame, value: Callable[[Window], float]
-) -> str:
-    curves = []
-    for index, run in enumerate(runs):
-        xs = np.array([window.step for window in run.windows])
-        ys = np.array([value(window) for window in run.windows])
-        here = known(xs, ys)
-        curves.append(Curve(run.name, run_hue(index), xs[here], ys[here]))
-    return _figure(title, line_panel(title, curves, frame))
-
-
-def _evenness(group: str) -> Callable[[Window], float]:
-    def value(window: Window) -> float:
-        loads = window.loads.get(group)
-        if loads is None or loads.shape[1] < 2 or not loads.sum():
-            return math.nan
-        share = loads / np.maximum(loads.sum(1, keepdims=True), 1)
-        entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(1)
-        return float(entropy.mean() / math.log(loads.shape[1]))
-
-    return value
-
-
-def _num_experts(run: Run, group: str) -> int:
-    return max((w.loads[group].shape[1] for w in run.windows if group in w.loads), default=0)
-
-
-def _expert_maps(run: Run, groups: Sequence[str], runs: Sequence[Run]) -> str:
-    window = run.windows[-1]
-    maps = []
-    for group in groups:
-        loads = window.loads.get(group)
-        if loads is None or not loads.any():
-            continue
-        even = loads.sum(1, keepdims=True) / loads.shape[1]
-        dead = int((loads < DEAD * even).sum())
-        words = f"{group}: {dead} of {loads.size} experts dead" if dead else f"{group}: none dead"
-        colour = group.removeprefix("noisy_")
-        colour = {"visual": "image"}.get(colour, colour)
-        chart = tag(
-            "div",
-            shares.heat_map(group, loads, colour),
-            class_="scroll",
-            tabindex=0,
-            role="region",
-            aria_label=f"Expert load of {group} in {run.name}",
-        )
-        maps.append(tag("figure", tag("figcaption", escape(words)), chart, class_="heat"))
-    heading = _heading(run, runs)
-    return tag("div", heading, tag("div", *maps, class_="heat-maps")) if maps else ""
-
-
-def _stacked(run: Run, what: str, parts: dict[str, np.ndarray], hues: Sequence[str]) -> str:
-    if not parts:
-        return ""
-    bounds = np.linspace(0, run.num_steps, min(run.num_steps, 60) + 1).round().astype(int)
-    sums = {n: np.maximum(np.add.reduceat(v, bounds[:-1]), 0.0) for n, v in parts.items()}
-    total = np.maximum(sum(sums.values()), 1e-9)
-    steps = run.get("step")[bounds[1:] - 1]
-    frame = Frame(last=0, low=0, high=0, y_unit="share", left=46)
-    values = {name: each / total for name, each in sums.items()}
-    panel = stacked_panel(f"shares by {what}", steps, values, hues, frame)
-    return _figure(f"by {what}", panel + hue_legend(list(parts), hues))
-
-
-def _laps(run: Run) -> list[str]:
-    return list(dict.fromkeys(name for window in run.windows for name in window.laps))
+    return figure(chip(medium), line_panel(medium, curves, frame, points=most_points(runs)))
 
 
 def _sample(path: Path, name: str) -> str:
