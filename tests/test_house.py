@@ -33,8 +33,8 @@ RANKS = (
     ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
-    ("decode", "train"),
-    ("eval", "plan"),
+    ("decode", "train", "eval"),  # a run is evaluated while it trains
+    ("plan",),
     ("pipeline",),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )

@@ -22,6 +22,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
+from mmpt.eval.during import Evaluation
 from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
@@ -201,6 +202,17 @@ class Trainer:
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
+        self.evaluation: Evaluation | None = None
+        if recipe.evaluate.every:
+            self.evaluation = Evaluation(
+                recipe.evaluate,
+                self.folder,
+                vocabulary=vocabulary,
+                encoded=encoded,
+                ranks=self.ranks,
+                step=self.counters.step,
+                bf16=recipe.precision == "bf16",
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -231,6 +243,11 @@ class Trainer:
             while counters.step < recipe.steps and not self._stops(stop):
                 metrics = self.step()
                 sink.write(metrics)
+                if self.evaluation is not None:
+                    last_step = counters.step == recipe.steps
+                    self.evaluation.after(
+                        counters.step, counters.tokens, self.model, last=last_step
+                    )
                 bar.update()
                 bar.set_postfix_str(summary(metrics))
                 if on_step is not None:
