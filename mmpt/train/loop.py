@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mmpt.config import UserError
+from mmpt.config import UserError, to_dict
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
 from mmpt.model.codes import initialise_codes
@@ -38,7 +38,6 @@ from mmpt.train.clock import Laps
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
 from mmpt.train.metrics import (
-    Log,
     Metrics,
     by_modality,
     finite_or_none,
@@ -49,6 +48,7 @@ from mmpt.train.metrics import (
 from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
 from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
+from mmpt.train.track import Track, check_installed
 from mmpt.vocab import Modality, Vocabulary
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.vocabulary = recipe, Path(run), vocabulary
         self.objective = objective
+        check_installed(recipe.track)
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
         self.model = self._build(build, initialise).train()
@@ -206,19 +207,18 @@ class Trainer:
     ) -> TrainResult:
         """Train until the recipe's last step, or until asked to stop."""
         recipe, counters = self.recipe, self.counters
-        path = self.folder / "metrics.jsonl"
-        metrics = last_line(path)
+        metrics = last_line(self.folder / "metrics.jsonl")
         last = latest(self.checkpoints) if counters.step else None
         progress = progress and self.ranks.first
         with (
             closing(self),
-            Log(path if self.ranks.first else None) as sink,
+            self._track() as track,
             StopRequest() as stop,
             _bar(recipe, counters, progress) as bar,
         ):
             while counters.step < recipe.steps and not self._stops(stop):
-                metrics = self.step()
-                sink.write(metrics)
+                metrics = self.step() | {"dropped": track.dropped}
+                track.write(metrics)
                 bar.update()
                 bar.set_postfix_str(summary(metrics))
                 if on_step is not None:
@@ -327,6 +327,15 @@ class Trainer:
                 self.guard.load_state_dict(state["guard"])
         if self.ranks.first:
             forget_after(self.folder / "metrics.jsonl", self.counters.step)
+
+    def _track(self) -> Track:
+        return Track(
+            self.folder,
+            self.recipe.track,
+            first=self.counters.step + 1,
+            config=to_dict(self.recipe),
+            write=self.ranks.first,
+        )
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop; all must know after the same step."""

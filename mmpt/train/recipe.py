@@ -13,6 +13,7 @@ from mmpt.model.config import ModelConfig
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.track import Name
 from mmpt.vocab import Modality, Vocabulary
 
 # what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
@@ -21,7 +22,7 @@ FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
-    *("keep_every", "parallel.*", "guard.stall"),
+    *("keep_every", "parallel.*", "guard.stall", "track"),
 )
 
 
@@ -44,6 +45,7 @@ class RunRecipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     device: str = "auto"
+    track: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
