@@ -35,6 +35,7 @@ from mmpt.train.checkpoint import (
     load_checkpoint,
 )
 from mmpt.train.clock import Laps
+from mmpt.train.flops import Flops, count_ids, measure_peak
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
 from mmpt.train.metrics import (
@@ -43,11 +44,14 @@ from mmpt.train.metrics import (
     finite_or_none,
     forget_after,
     last_line,
+    shares,
+    speed,
     summary,
 )
 from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
 from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
+from mmpt.train.routing import Routing
 from mmpt.train.track import Track, check_installed
 from mmpt.vocab import Modality, Vocabulary
 
@@ -62,6 +66,7 @@ class Counters:
     tokens: int = 0  # ids read, without padding
     seconds: float = 0.0  # spent in steps
     bad_steps: int = 0  # that were skipped
+    flops: dict[str, int] = field(default_factory=dict)  # by medium, see `Flops`
 
 
 @dataclass
@@ -181,12 +186,15 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.counters, self.guard = Counters(), Guard(recipe.guard)
+        self.flops, self.routing = Flops(self.model), Routing()
+        self.peak: float | None = None  # operations a second of all ranks, once a run has begun
         self.saved = Checkpoints(
             self.checkpoints,
             keep=recipe.keep,
             keep_every=recipe.keep_every,
             device=self.device.type,
         )
+        self._waited = 0.0  # seconds for checkpoints that rows have told of
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
@@ -207,6 +215,7 @@ class Trainer:
     ) -> TrainResult:
         """Train until the recipe's last step, or until asked to stop."""
         recipe, counters = self.recipe, self.counters
+        self.peak = self._measure_peak()
         metrics = last_line(self.folder / "metrics.jsonl")
         last = latest(self.checkpoints) if counters.step else None
         progress = progress and self.ranks.first
@@ -243,38 +252,48 @@ class Trainer:
         """One update from `accumulate` batches; skipped when anything in it is bad."""
         start, counters = time.monotonic(), self.counters
         laps = Laps(self.device)
-        batches, num_tokens = self._read()
-        laps.lap("data")
+        laps.begin("data")
+        batches, read = self._read()
+        laps.begin("ranks")
         rate = learning_rate(counters.step, self.recipe.steps, self.recipe.optim)
         weight = math.fsum(float(batch.weight.sum(dtype=torch.float64)) for batch in batches)
         weight = self.ranks.sum(torch.tensor(weight, dtype=torch.float64)).item()
-        laps.lap("ranks")
         losses = [self._backward(batch, weight, laps) for batch in batches] if weight else []
+        laps.begin("ranks")
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
-        total, nats, counts, num_tokens = self._sum(losses, num_tokens)
+        total, nats, counts, read = self._sum(losses, read)
         self.ranks.sum_loads(self.model)
-        laps.lap("ranks")
+        laps.begin("optimizer")
         loss = total / (weight or 1.0)
         reason = self._judge(loss, norm, nats, counts)
-        loads = self._update(rate if losses and not reason else 0.0)
-        laps.lap("optimizer")
+        loads, routing = self._update(rate if losses and not reason else 0.0)
+        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts)
         counters.step += 1
         counters.tokens += num_tokens
+        for name, number in flops.items():
+            counters.flops[name] = counters.flops.get(name, 0) + number
         counters.bad_steps += reason is not None
         counters.seconds += time.monotonic() - start
         self._stop_if_hopeless(reason, rate)
+        seconds = time.monotonic() - start
+        waited, self._waited = self.saved.seconds - self._waited, self.saved.seconds
         return {
             "step": counters.step,
             "seconds": round(counters.seconds, 3),
             "tokens": counters.tokens,
             "step_tokens": num_tokens,
-            "step_seconds": round(time.monotonic() - start, 4),
-            "laps": laps.seconds(),
+            "step_seconds": round(seconds, 4),
+            "laps": laps.seconds() | {"checkpoint": round(waited, 4)},
+            "speed": speed(num_tokens, sum(flops.values()), seconds, self.peak),
             "lr": rate,
             "grad_norm": finite_or_none(norm),
             "loss": finite_or_none(loss),
             "modality": by_modality(nats, counts),
+            "share": shares(read[0].tolist()),
+            "step_flops": flops,
+            "flops": dict(counters.flops),
             "load": loads,
+            "router": routing,
             "sources": {name: round(share, 4) for name, share in self.loader.mix().items()},
             "bad_steps": counters.bad_steps,
             "skipped": reason,
@@ -296,7 +315,11 @@ class Trainer:
     def _moment(self) -> Moment:
         return Moment(
             step=self.counters.step,
-            state={"counters": asdict(self.counters), "guard": self.guard.state_dict()},
+            state={
+                "counters": asdict(self.counters),
+                "guard": self.guard.state_dict(),
+                "routing": self.routing.state_dict(),
+            },
             loader=self.loader.state_dict(),
             vocabulary=self.vocabulary,
             processor=self.processor,
@@ -325,6 +348,7 @@ class Trainer:
             self.loader.load_state_dict(state["loader"])
             if "guard" in state:  # which older ones have not
                 self.guard.load_state_dict(state["guard"])
+            self.routing.load_state_dict(state.get("routing", {}))
         if self.ranks.first:
             forget_after(self.folder / "metrics.jsonl", self.counters.step)
 
@@ -337,21 +361,26 @@ class Trainer:
             write=self.ranks.first,
         )
 
+    def _measure_peak(self) -> float:
+        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
+        peak = torch.tensor(measure_peak(self.device, dtype), dtype=torch.float64)
+        return self.ranks.sum(peak).item() * self.recipe.parallel.tensor
+
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop; all must know after the same step."""
         if self.ranks.count == 1:
             return stop.asked
         return bool(self.ranks.sum(torch.tensor(float(stop.asked))).item())
 
-    def _read(self) -> tuple[list[Any], int]:
-        """Batches of this rank on its device, and how many ids they have."""
+    def _read(self) -> tuple[list[Any], torch.Tensor]:
+        """Batches of this rank on its device, and what `count_ids` says of them."""
         seed = mix_keys(self.recipe.seed, self.counters.step)
         if self.ranks.data_rank:  # other rows get other noise
             seed = mix_keys(seed, self.ranks.data_rank)
         generator = torch.Generator().manual_seed(seed >> 1)
         rows = list(islice(self.loader, self.recipe.accumulate))
-        num_tokens = sum(int((each.document >= 0).sum()) for each in rows)
-        if not self.ranks.sum(torch.tensor(float(num_tokens))).item():
+        read = count_ids(rows)
+        if not self.ranks.sum(read[0].sum()).item():
             raise UserError(
                 f"the data ended after step {self.counters.step} of {self.recipe.steps}, which is "
                 f"saved at {self.save()}: every source was read as often as its max_epochs says; "
@@ -360,29 +389,28 @@ class Trainer:
         if self.ranks.count > 1:  # others wait for this one, though its streams have ended
             rows += [self.loader.padding()] * (self.recipe.accumulate - len(rows))
         batches = [self.objective.prepare(each, generator) for each in rows]
-        return [batch.to(self.device) for batch in batches], num_tokens
+        return [batch.to(self.device) for batch in batches], read
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
         enabled = self.recipe.precision == "bf16"
+        laps.begin("forward")
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = self.objective.losses(self.model, batch)
-        laps.lap("forward")
+        laps.begin("backward")
         (losses.total / weight).backward()
-        laps.lap("backward")
         return losses
 
     def _sum(
-        self, losses: Sequence[Losses], num_tokens: int
-    ) -> tuple[float, list[float], list[float], int]:
-        """Over batches and ranks: the weighted loss, nats and counts by modality, and ids."""
-        zeros = torch.zeros(len(Modality), dtype=torch.float64, device=self.device)
-        total = zeros.new_tensor([float(num_tokens), 0.0])
-        parts = [torch.stack([zeros, zeros])]
+        self, losses: Sequence[Losses], read: torch.Tensor
+    ) -> tuple[float, list[float], list[float], torch.Tensor]:
+        """Over batches and ranks: the weighted loss, nats and counts by modality, and `read`."""
+        total = torch.zeros(5, len(Modality), dtype=torch.float64, device=self.device)
         for each in losses:
-            total[1] += each.total.detach()
-            parts.append(torch.stack([each.nats, each.counts]))
-        flat = self.ranks.sum(torch.cat([total, torch.stack(parts).sum(0).flatten()])).tolist()
-        return flat[1], flat[2 : 2 + len(Modality)], flat[2 + len(Modality) :], int(flat[0])
+            total[0, 0] += each.total.detach()
+            total[1:3] += torch.stack([each.nats, each.counts])
+        total[3:] = read.to(self.device)
+        total = self.ranks.sum(total).cpu()
+        return total[0, 0].item(), total[1].tolist(), total[2].tolist(), total[3:]
 
     def _judge(
         self, loss: float, norm: float, nats: Sequence[float], counts: Sequence[float]
@@ -393,9 +421,12 @@ class Trainer:
             log.warning("step %d is skipped: %s", self.counters.step + 1, reason)
         return reason
 
-    def _update(self, rate: float) -> dict[str, list[list[int]]]:
-        """Apply the gradients unless the rate is 0; returns the experts' loads of this step."""
-        loads = {name: load.int().tolist() for name, load in self.model.expert_loads().items()}
+    def _update(self, rate: float) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+        """Apply the gradients unless the rate is 0; returns what experts and routers did."""
+        loads, scores = (
+            {name: each.cpu() for name, each in counted.items()}
+            for counted in (self.model.expert_loads(), self.model.router_scores())
+        )
         if rate:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
@@ -403,7 +434,8 @@ class Trainer:
         else:
             self.model.update_balance(0.0)
         self.optimizer.zero_grad()
-        return loads
+        routing = self.routing.look(loads, scores)
+        return {name: load.int().tolist() for name, load in loads.items()}, routing
 
     def _stop_if_hopeless(self, reason: str | None, rate: float) -> None:
         if self.guard.in_a_row >= self.recipe.max_bad_steps:

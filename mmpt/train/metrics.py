@@ -26,6 +26,18 @@ def by_modality(
     }
 
 
+def shares(ids: Sequence[float]) -> dict[str, float]:
+    """The part of each medium in the ids that were read; those that had any."""
+    total = sum(ids)
+    return {m.name.lower(): round(ids[m] / total, 4) for m in Modality if ids[m]}
+
+
+def speed(ids: int, flops: int, seconds: float, peak: float | None) -> dict[str, float]:
+    """Ids and operations a second, and their part of the measured peak where there is one."""
+    rates = {"ids": round(ids / seconds, 1), "flops": round(flops / seconds)}
+    return rates | ({"peak": round(peak), "mfu": round(flops / seconds / peak, 4)} if peak else {})
+
+
 def finite_or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
