@@ -52,6 +52,7 @@ from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
 from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
 from mmpt.train.routing import Routing
+from mmpt.train.stall import Pulse, Watch
 from mmpt.train.track import Track, check_installed
 from mmpt.vocab import Modality, Vocabulary
 
@@ -187,6 +188,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.counters, self.guard = Counters(), Guard(recipe.guard)
         self.flops, self.routing = Flops(self.model), Routing()
+        self.pulse = Pulse()
         self.peak: float | None = None  # operations a second of all ranks, once a run has begun
         self.saved = Checkpoints(
             self.checkpoints,
@@ -222,6 +224,7 @@ class Trainer:
         with (
             closing(self),
             self._track() as track,
+            self._watch(),
             StopRequest() as stop,
             _bar(recipe, counters, progress) as bar,
         ):
@@ -251,7 +254,8 @@ class Trainer:
     def step(self) -> Metrics:
         """One update from `accumulate` batches; skipped when anything in it is bad."""
         start, counters = time.monotonic(), self.counters
-        laps = Laps(self.device)
+        self.pulse.step = counters.step + 1
+        laps = Laps(self.device, self.pulse.begin)
         laps.begin("data")
         batches, read = self._read()
         laps.begin("ranks")
@@ -307,9 +311,11 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
+        self.pulse.begin("checkpoint")
         return self.saved.save(self.model, self.optimizer, self._moment())
 
     def _begin_save(self) -> Path:
+        self.pulse.begin("checkpoint")
         return self.saved.begin(self.model, self.optimizer, self._moment())
 
     def _moment(self) -> Moment:
@@ -359,6 +365,15 @@ class Trainer:
             first=self.counters.step + 1,
             config=to_dict(self.recipe),
             write=self.ranks.first,
+        )
+
+    def _watch(self) -> Watch:
+        return Watch(
+            self.folder / "alive",
+            self.pulse,
+            rank=self.ranks.rank,
+            count=self.ranks.count,
+            seconds=self.recipe.guard.stall,
         )
 
     def _measure_peak(self) -> float:
