@@ -50,6 +50,7 @@ from mmpt.train.metrics import (
 )
 from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
 from mmpt.train.parallel import Ranks, clip_gradients
+from mmpt.train.profile import Profiler
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
 from mmpt.train.routing import Routing
 from mmpt.train.stall import Pulse, Watch
@@ -225,11 +226,14 @@ class Trainer:
             closing(self),
             self._track() as track,
             self._watch(),
+            Profiler(self.folder, recipe.profile, rank=self.ranks.rank) as profiler,
             StopRequest() as stop,
             _bar(recipe, counters, progress) as bar,
         ):
             while counters.step < recipe.steps and not self._stops(stop):
+                profiler.before(counters.step + 1)
                 metrics = self.step() | {"dropped": track.dropped}
+                profiler.after(counters.step)
                 track.write(metrics)
                 bar.update()
                 bar.set_postfix_str(summary(metrics))

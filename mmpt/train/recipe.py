@@ -22,7 +22,7 @@ FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
-    *("keep_every", "parallel.*", "guard.stall", "track"),
+    *("keep_every", "parallel.*", "guard.stall", "track", "profile"),
 )
 
 
@@ -46,11 +46,14 @@ class RunRecipe:
     guard: GuardConfig = field(default_factory=GuardConfig)
     device: str = "auto"
     track: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl
+    profile: tuple[int, ...] = ()  # the first step that PyTorch's profiler records, and how many
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
+        if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise UserError(f"profile = {list(self.profile)}; use [first step, number of steps]")
         known = [modality.name.lower() for modality in Modality]
         for name, weight in self.loss_weights.items():
             if name not in known or weight < 0:
