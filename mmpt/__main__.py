@@ -86,6 +86,11 @@ VERBS = {
         "turn raw shards into token shards",
         "data/sampler/emoji-train-*.tar --out build/tokens",
     ),
+    "plan": (
+        "mmpt.plan:plan",
+        "say before a run what its numbers should be",
+        "examples/recipes/tiny.toml --suggest",
+    ),
     "train": (
         "mmpt.train.loop:train_command",
         "pretrain a model from a recipe",
@@ -95,6 +100,11 @@ VERBS = {
         "mmpt.train.adapt:adapt_command",
         "adapt a model to parallel decoding",
         "examples/recipes/tiny-adapt.toml --out runs/tiny-dida",
+    ),
+    "export": (
+        "mmpt.train.export:export",
+        "write the model of a run as one folder of safetensors",
+        "runs/tiny --out models/tiny",
     ),
     "eval": (
         "mmpt.eval.heldout:evaluate_model",

@@ -29,7 +29,7 @@ from mmpt.processor import Processor
 from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.video import GROUP
-from mmpt.train.adapt import find_model
+from mmpt.train.checkpoint import find_model
 from mmpt.vocab import MEDIA, Modality
 
 

@@ -9,11 +9,14 @@ Legend: N ids of a document, B rows, L row length, S spans.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.flat import SPAN_COLUMNS as SPAN_COLUMNS  # to be had from here as well
+from mmpt.flat import Streams, pack_arrays
 from mmpt.vocab import BEGIN, END, NUM_GRID_SIZES, Modality, Vocabulary
 
 if TYPE_CHECKING:
@@ -51,25 +54,20 @@ class Stream:
 
 
 class StreamBuilder:
-    """Writes a document's ids from left to right; after `clear` the next one."""
+    """Writes a document's ids from left to right."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._structure: dict[str, int] = {}
-        self._books: dict[Modality, tuple[int, int] | None] = {}
-        self.clear()
-
-    def clear(self) -> "StreamBuilder":
-        """Forget what was written; what `build` gave stays as it is."""
         self._ids: list[np.ndarray | list[int]] = []
         self._runs: list[tuple[int, int, Modality, float]] = []  # (start, stop, modality, weight)
         self._spans: list[Span] = []
         self._length = 0
-        return self
 
     def structure(self, *names: str, weight: float = 1.0) -> "StreamBuilder":
         """Append structure ids by name."""
-        return self._append([self._id(name) for name in names], Modality.TEXT, weight)
+        return self._append(
+            [self.vocabulary.structure_id(name) for name in names], Modality.TEXT, weight
+        )
 
     def text(self, codes: np.ndarray | Sequence[int], *, weight: float = 1.0) -> "StreamBuilder":
         """Append text codes (n,), which are ids already."""
@@ -86,12 +84,12 @@ class StreamBuilder:
         Q codebooks are flattened into the last side, which counts ids: (h, w Q) or (frames Q,).
         """
         codes = np.asarray(codes, dtype=np.int64)
-        ids = self._media_ids(modality, codes)
+        ids = self.vocabulary.ids_of(modality, codes)
         self.header(modality, codes.shape, weight=weight)
         grid = (1,) * (3 - codes.ndim) + codes.shape
         self._spans.append(Span(self._length, codes.size, modality, grid))  # type: ignore[arg-type] # 3 sides by construction
         self._append(ids.reshape(-1), modality, weight)
-        return self._append([self._id(END[modality])], Modality.TEXT, weight)
+        return self._append([self.vocabulary.structure_id(END[modality])], Modality.TEXT, weight)
 
     def header(
         self, modality: Modality, shape: Sequence[int], *, weight: float = 1.0
@@ -102,7 +100,9 @@ class StreamBuilder:
                 f"{modality.name.lower()} needs {NUM_GRID_SIZES[modality]} sides: {shape}"
             )
         sizes = [self.vocabulary.size_id(side) for side in shape]
-        return self._append([self._id(BEGIN[modality]), *sizes], Modality.TEXT, weight)
+        return self._append(
+            [self.vocabulary.structure_id(BEGIN[modality]), *sizes], Modality.TEXT, weight
+        )
 
     def build(self) -> Stream:
         """The stream written so far; the builder may go on."""
@@ -119,21 +119,6 @@ class StreamBuilder:
                 loss_weight[start:stop] = weight
         ids = np.concatenate(self._ids, dtype=np.int64)
         return Stream(ids, modality, loss_weight, list(self._spans))
-
-    def _id(self, name: str) -> int:
-        if name not in self._structure:
-            self._structure[name] = self.vocabulary.structure_id(name)
-        return self._structure[name]
-
-    def _media_ids(self, modality: Modality, codes: np.ndarray) -> np.ndarray:
-        # with one codebook it is a sum, which `Vocabulary.ids_of` is far from
-        if modality not in self._books:
-            first, *others = self.vocabulary.ranges_of(modality)
-            self._books[modality] = None if others else (first.start, first.size)
-        book = self._books[modality]
-        if book and _within(codes, book[1]):
-            return codes + book[0]
-        return self.vocabulary.ids_of(modality, codes)
 
     def _append(
         self, ids: np.ndarray | list[int], modality: Modality, weight: float
@@ -209,9 +194,6 @@ def _parse_span(
     return Segment(modality, codes), last + 1
 
 
-SPAN_COLUMNS = ("row", "start", "length", "modality", "frames", "height", "width")
-
-
 @dataclass
 class Rows:
     """Packed streams. All but `spans` are (B, L); pads have document -1 and weight 0.
@@ -245,7 +227,10 @@ class Rows:
     @classmethod
     def pack(cls, rows: Sequence[Sequence[Stream]], length: int, pad_id: int) -> "Rows":
         """Lay streams side by side: one inner sequence is one row of at most `length` ids."""
-        return cls.from_arrays(pack_arrays(rows, length, pad_id))
+        streams = Streams.of([stream for row in rows for stream in row])
+        pieces = iter(streams.pieces(range(len(streams))))
+        parts = [list(islice(pieces, len(row))) for row in rows]
+        return cls.from_arrays(pack_arrays(parts, length, pad_id))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Rows":
@@ -253,37 +238,3 @@ class Rows:
         import torch
 
         return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-
-
-def pack_arrays(
-    rows: Sequence[Sequence[Stream]], length: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """The fields of `Rows` as arrays; a row without streams is all padding."""
-    shape = (len(rows), length)
-    out = {
-        "ids": np.full(shape, pad_id, dtype=np.int64),
-        "modality": np.zeros(shape, dtype=np.int64),
-        "document": np.full(shape, -1, dtype=np.int64),
-        "position": np.zeros(shape, dtype=np.int64),
-        "loss_weight": np.zeros(shape, dtype=np.float32),
-    }
-    table = []
-    for row, streams in enumerate(rows):
-        sizes = [len(stream.ids) for stream in streams]
-        total, offset = sum(sizes), 0
-        if total > length:
-            raise ValueError(f"row {row} holds {total} ids, more than {length}; split it")
-        if not total:
-            continue
-        for name in ("ids", "modality", "loss_weight"):
-            np.concatenate([getattr(s, name) for s in streams], out=out[name][row, :total])
-        document = np.repeat(np.arange(len(streams)), sizes)
-        starts = np.cumsum(sizes) - sizes
-        out["document"][row, :total] = document
-        np.subtract(np.arange(total), starts[document], out=out["position"][row, :total])
-        for stream, size in zip(streams, sizes, strict=True):
-            for start, span_length, modality, grid in stream.spans:
-                table.append((row, offset + start, span_length, modality, *grid))
-            offset += size
-    out["spans"] = np.array(table, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS))
-    return out

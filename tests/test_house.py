@@ -17,11 +17,24 @@ MIB = 1 << 20
 
 # imports point one way: a module imports from its own rank and from lower ones
 RANKS = (
-    ("config", "vocab", "hub", "media", "sound", "parts", "stream", "doctor", "results", "process"),
+    (
+        "config",
+        "muon",
+        "vocab",
+        "hub",
+        "media",
+        "sound",
+        "parts",
+        "flat",
+        "stream",
+        "doctor",
+        "results",
+        "process",
+    ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     ("decode", "train"),
-    ("eval",),
+    ("eval", "plan"),
     ("pipeline",),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )

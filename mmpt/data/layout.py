@@ -2,11 +2,13 @@
 
 Training and evaluation lay documents out differently, and nothing else may: the model sees in
 training what it is asked for at inference. `<null>` stands where a condition was dropped, so that
-guidance has an unconditional branch `<bod> <null> <boi> ...`.
+guidance has an unconditional branch `<bod> <null> <boi> ...`. What is said here of one document,
+`blocks` does to many at once.
 """
 
 import numpy as np
 
+from mmpt.data.draws import draw
 from mmpt.data.tokens import EncodedDocument
 from mmpt.stream import Segment, Stream, StreamBuilder
 from mmpt.vocab import MEDIA, NUM_SIZES, Modality, Vocabulary
@@ -21,27 +23,22 @@ def to_stream(
     *,
     separator: np.ndarray,
     condition_drop: float = 0.1,
-    builder: StreamBuilder | None = None,
 ) -> Stream:
     """`<bod>` segments... `<eod>`; segments of a document of order "any" are permuted by `rng`.
 
     With probability `condition_drop` it is `<bod> <null>` one random segment `<eod>` instead; a
     document of fixed order then keeps one of its media, or all of it when it is text alone.
     `separator` (text codes) stands between adjacent text segments. `<bod>` and `<null>` have
-    weight 0: nothing predicts them. A `builder` of this vocabulary that wrote other documents is
-    faster than a fresh one.
+    weight 0: nothing predicts them.
     """
-    segments = list(document.segments)
-    dropped = rng.random() < condition_drop
-    if document.order == "any":
-        segments = [segments[place] for place in rng.permutation(len(segments))]
-    candidates = segments
-    if document.order == "fixed":
-        candidates = [segment for segment in segments if segment.modality in MEDIA]
-    builder = (builder or StreamBuilder(vocabulary)).clear().structure("<bod>", weight=0.0)
-    if dropped and candidates:
+    media = [segment for segment in document.segments if segment.modality in MEDIA]
+    free, num = document.order == "any", len(document.segments)
+    places, kept = draw(rng, num, num if free else len(media), free, condition_drop)
+    segments = [document.segments[place] for place in places]
+    builder = StreamBuilder(vocabulary).structure("<bod>", weight=0.0)
+    if kept is not None:
         builder.structure("<null>", weight=0.0)
-        segments = [candidates[rng.integers(len(candidates))]]
+        segments = [(segments if free else media)[kept]]
     write_segments(builder, segments, separator)
     return builder.structure("<eod>").build()
 

@@ -18,7 +18,8 @@ from mmpt.data.logical import Arrays, DataConfig, Plan, States, batches, open_so
 from mmpt.data.mix import SourceConfig, Stage, check_names
 from mmpt.data.pack import PackReport
 from mmpt.data.pipeline_source import of_pipelines, warn_of_pipelines
-from mmpt.stream import Rows, pack_arrays
+from mmpt.flat import pack_arrays
+from mmpt.stream import Rows
 from mmpt.vocab import Vocabulary
 
 __all__ = ["DataConfig", "Loader", "SourceConfig", "Stage", "merge_states"]

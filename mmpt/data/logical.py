@@ -6,20 +6,20 @@ itself, so that any number of ranks and processes gives the same rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mmpt.config import UserError
 from mmpt.data.mix import Mixer, Schedule, SourceConfig, Stage
-from mmpt.data.order import ShardSource, Source
-from mmpt.data.pack import PACKERS, Packer, PackReport, Piece
+from mmpt.data.order import BlockSource, ShardSource, Source
+from mmpt.data.pack import PACKERS, Packer, PackReport
 from mmpt.data.pipeline_source import Gone, PipelineSource, of_pipelines
 from mmpt.data.tokens import open_shards
-from mmpt.stream import Stream, pack_arrays
+from mmpt.flat import Piece, Streams, pack_arrays
 from mmpt.vocab import Modality, Vocabulary
 
 Arrays = dict[str, np.ndarray]  # the fields of `Rows`
@@ -65,12 +65,14 @@ class DataConfig:
             raise UserError("data.quotas are not kept by concatenation; choose another packing")
 
 
-class Reference(NamedTuple):
-    """Where a piece comes from: the `piece`-th of what a stream read `read`-th of a source."""
+# where a piece comes from: the source's place among the names in order, how many documents of it
+# the stream had read before, and which piece of the document it is
+Reference = tuple[int, int, int]
 
-    source: int  # its place among the names in order
-    read: int
-    piece: int
+
+AHEAD = 2048  # documents that are looked for ahead of their rows, over all streams and sources
+LEAST_AHEAD = 256  # of one source of one stream
+MEAN_IDS = 128  # of a document; of longer ones it is fewer
 
 
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
@@ -89,7 +91,13 @@ def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[
 
 
 class LogicalStream:
-    """One stream: where it is in each source, and what waits in its packer."""
+    """One stream: where it is in each source, and what waits in its packer.
+
+    Documents are laid out ahead of their rows, many at once. In memory are of each source: where
+    the segments of these documents lie; at most 64k of their ids (1 MB), or one longer document;
+    and older parts of that size as long as a piece of them waits, which is at most `buffer` rows.
+    That is about 3 MB for one stream of one source, and 1 MB for each of many.
+    """
 
     def __init__(
         self, number: int, config: DataConfig, sources: Mapping[str, Source], schedule: Schedule
@@ -97,37 +105,44 @@ class LogicalStream:
         self.number, self.config, self.schedule = number, config, schedule
         self.sources = list(sources.values())
         quotas = {Modality[name.upper()]: most for name, most in config.quotas.items()}
-        self.packer: Packer[Reference] = PACKERS[config.packing](
+        self.packer: Packer = PACKERS[config.packing](
             config.length, buffer=config.buffer, quotas=quotas
         )
         self.mixer = Mixer(list(sources))
         self._live = of_pipelines(sources)
-        self._places = {name: place for place, name in enumerate(sources)}
         self._ends = {  # how many documents each source has in all
             name: len(source) * epochs
             for name, source in sources.items()
             if (epochs := config.sources[name].max_epochs) is not None
         }
+        self._most = max(AHEAD // (config.streams * len(sources)), LEAST_AHEAD)
+        self._open()
 
-    def row(self, row: int, weights: Mapping[str, float] | None) -> list[Stream]:
-        """Row `row` of the run, by these weights or the schedule's; no streams after the end."""
+    def row(self, row: int, weights: Mapping[str, float] | None) -> list[Piece]:
+        """Row `row` of the run, by these weights or the schedule's; no pieces after the end."""
         self._weigh(row, weights)
-        while self.packer.hungry and (name := self.mixer.choose()) is not None:
-            self._read(name)
+        packer, mixer, ahead = self.packer, self.mixer, self._ahead
+        while packer.hungry and (name := mixer.choose()) is not None:
+            size = 0
+            for piece in (pieces := next(ahead[name])):
+                packer.add(piece)
+                size += piece.end - piece.begin
+            mixer.was_read(name, size)
+            if len(pieces) > 1:
+                packer.report.cut += 1
             if name in self._ends and self._is_read(name):
                 self._weigh(row, weights)
-        return self.packer.row()
+        return packer.row()
 
     def state(self) -> dict[str, Any]:
-        """Values that later rows leave as they are; the residue is int64 (n, 3), see `Reference`.
+        """Values that later rows leave as they are; the residue is a list of `Reference`.
 
         It is taken after every batch, and sent between processes, so it has to be cheap.
         """
         report = vars(self.packer.report)
-        flat = np.fromiter(chain.from_iterable(self.packer.residue), dtype=np.int64)
         return {
             **self.mixer.state(),
-            "residue": flat.reshape(-1, len(Reference._fields)),
+            "residue": self.packer.residue,
             "taken": self.packer.taken,
             "report": report | {"ids": dict(report["ids"])},
             "live": {name: each.counts(self.number) for name, each in self._live.items()},
@@ -139,45 +154,84 @@ class LogicalStream:
         for name, source in self._live.items():
             read = self.mixer.cursors[name].read
             source.resume(self.number, read, state.get("live", {}).get(name, {}))
-        read = lru_cache(maxsize=4)(self._pieces)  # a document's pieces stand together
+        self._open()
+        residue = np.asarray(state["residue"], dtype=np.int64).reshape(-1, 3)
+        pieces = {}
+        for place in np.unique(residue[:, 0]).tolist():
+            reads = np.unique(residue[residue[:, 0] == place, 1]).tolist()
+            for document in self._lay_out_again(place, reads):
+                pieces |= {piece.reference: piece for piece in document}
         taken = state["taken"]  # of the oldest piece
-        for entry in np.asarray(state["residue"], dtype=np.int64).tolist():
-            reference = Reference(*entry)
-            try:
-                self.packer.add(Piece(reference, read(*reference[:2])[reference.piece]))
-            except Gone:
-                taken = taken if len(self.packer) else 0
+        for entry in map(tuple, residue.tolist()):
+            if entry in pieces:
+                self.packer.add(pieces[entry])
+            elif not len(self.packer):
+                taken = 0
         self.packer.taken = taken
         self.packer.report = PackReport(**state["report"] | {"ids": dict(state["report"]["ids"])})
 
     def _weigh(self, row: int, weights: Mapping[str, float] | None) -> None:
         weights = weights or self.schedule.at(row)
-        self.mixer.set_weights(
-            {name: 0.0 if self._is_read(name) else weight for name, weight in weights.items()}
-            if self._ends
-            else weights
-        )
+        if self._ends:
+            weights = {n: 0.0 if self._is_read(n) else weight for n, weight in weights.items()}
+        self.mixer.set_weights(weights)
 
     def _is_read(self, name: str) -> bool:
         return (
-            name in self._ends
-            and self._document(self.mixer.cursors[name].read) >= (self._ends[name])
+            name in self._ends and self._document(self.mixer.cursors[name].read) >= self._ends[name]
         )
 
     def _document(self, read: int) -> int:
         return self.number + read * self.config.streams
 
-    def _read(self, name: str) -> None:
-        cursor, place = self.mixer.cursors[name], self._places[name]
-        pieces = self._pieces(place, cursor.read)
-        for number, stream in enumerate(pieces):
-            self.packer.add(Piece(Reference(place, cursor.read, number), stream))
-            cursor.tokens += len(stream)
-        self.packer.report.cut += len(pieces) > 1
-        cursor.read += 1
+    def _open(self) -> None:
+        # each begins to read when it is first asked, and then from its cursor on
+        places = enumerate(self.mixer.cursors)
+        self._ahead = {name: self._documents(name, place) for place, name in places}
 
-    def _pieces(self, source: int, read: int) -> list[Stream]:
-        return self.packer.split(self.sources[source].stream(self._document(read)))
+    def _documents(self, name: str, place: int) -> Iterator[tuple[Piece, ...]]:
+        """The documents of a source from its cursor on, each as its pieces.
+
+        It looks ahead for more and more of them, so that the first row does not wait.
+        """
+        many, cursor = isinstance(self.sources[place], BlockSource), self.mixer.cursors[name]
+        number = 16 if many else 1
+        while True:
+            before = cursor.tokens
+            yield from self._lay_out(place, range(cursor.read, cursor.read + number))
+            mean = (cursor.tokens - before) // number
+            fewer = self._most * MEAN_IDS // max(mean, 1) + 1
+            number = min(2 * number, self._most, fewer) if many else 1
+
+    def _lay_out_again(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
+        """What was read before, without what a pipeline cannot give a second time."""
+        if not isinstance(self.sources[place], PipelineSource):
+            yield from self._lay_out(place, reads)
+            return
+        for read in reads:
+            with suppress(Gone):
+                yield from self._lay_out(place, [read])
+
+    def _lay_out(self, place: int, reads: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
+        source, first = self.sources[place], 0
+        numbers = self.number + np.array(reads) * self.config.streams
+        if isinstance(source, BlockSource):
+            parts = source.streams(numbers)
+        else:
+            parts = (Streams.of([source.stream(number)]) for number in numbers.tolist())
+        for streams in parts:
+            chosen = reads[first : first + len(streams)]
+            first += len(streams)
+            documents = streams.pieces(zip(repeat(place), chosen, repeat(0)))
+            begin = 0
+            for long in np.flatnonzero(np.diff(streams.starts) > self.config.length).tolist():
+                yield from zip(documents[begin:long])
+                yield tuple(
+                    piece._replace(reference=(place, chosen[long], number))
+                    for number, piece in enumerate(self.packer.split(documents[long]))
+                )
+                begin = long + 1
+            yield from zip(documents[begin:])
 
 
 class Plan(NamedTuple):

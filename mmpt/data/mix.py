@@ -128,37 +128,49 @@ class Mixer:
     def __init__(self, names: Sequence[str]) -> None:
         self.cursors = {name: Cursor() for name in names}
         self.since = 0  # ids of all sources when the weights last changed
+        self._count()
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """The weights from here on; what a source lags behind so far is not forgotten."""
-        cursors = self.cursors
-        if all(cursor.weight == weights[name] for name, cursor in cursors.items()):
+        if weights == self._weights:
             return
-        total, whole = self._totals()
-        for name, cursor in cursors.items():
-            if whole:
-                cursor.owed += cursor.weight / whole * (total - self.since)
+        for name, cursor in self.cursors.items():
+            if self._whole:
+                cursor.owed += cursor.weight / self._whole * (self._total - self.since)
             cursor.weight = weights[name]
-        self.since = total
+        self.since = self._total
+        self._count()
 
     def choose(self) -> str | None:
         """The source that lags most behind; None when all weights are 0."""
-        total, whole = self._totals()
-        chosen, most = None, 0.0
-        for name, cursor in self.cursors.items():
-            if cursor.weight:
-                share = cursor.weight / whole * (total - self.since + 1)
-                lag = cursor.owed + share - cursor.tokens
-                if chosen is None or (lag, name) > (most, chosen):
-                    chosen, most = name, lag
+        if len(self._open) < 2:
+            return self._open[0][0] if self._open else None
+        since, chosen, most = self._total - self.since + 1, None, 0.0
+        for name, cursor, share in self._open:
+            lag = cursor.owed + share * since - cursor.tokens
+            if chosen is None or (lag, name) > (most, chosen):
+                chosen, most = name, lag
         return chosen
 
-    def _totals(self) -> tuple[int, float]:
-        tokens, weight = 0, 0.0
-        for cursor in self.cursors.values():
-            tokens += cursor.tokens
-            weight += cursor.weight
-        return tokens, weight
+    def was_read(self, name: str, tokens: int) -> None:
+        """A document of so many ids was read from a source."""
+        cursor = self.cursors[name]
+        cursor.read += 1
+        cursor.tokens += tokens
+        self._total += tokens
+
+    def _count(self) -> None:
+        """What follows from the cursors, and changes only with the weights."""
+        self._weights = {name: cursor.weight for name, cursor in self.cursors.items()}
+        self._total = sum(cursor.tokens for cursor in self.cursors.values())
+        self._whole = 0.0
+        for weight in self._weights.values():  # newer Pythons sum otherwise
+            self._whole += weight
+        self._open = [
+            (name, cursor, cursor.weight / self._whole)
+            for name, cursor in self.cursors.items()
+            if cursor.weight
+        ]
 
     def state(self) -> dict[str, Any]:
         """Four numbers per source, and one."""
@@ -172,3 +184,4 @@ class Mixer:
         """Go on from `state`."""
         self.cursors = {name: Cursor(*state["cursors"][name]) for name in self.cursors}
         self.since = state["since"]
+        self._count()

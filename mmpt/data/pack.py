@@ -6,25 +6,20 @@ starves, and fills it with the longest that still fit; `FirstFit` fills it with 
 after row and cuts where a row ends. Nothing cuts a media span, unless it is longer than a row.
 """
 
-from bisect import bisect_right, insort
-from collections.abc import Hashable, Iterable, Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
+from mmpt.flat import Piece, Streams
 from mmpt.stream import Span, Stream
-from mmpt.vocab import END, Modality
+from mmpt.vocab import NUM_GRID_SIZES, Modality
 
-R = TypeVar("R", bound=Hashable)
 _NAMES = [modality.name.lower() for modality in Modality]
-
-
-class Piece(NamedTuple, Generic[R]):
-    """A stream that waits, and where to read it again."""
-
-    reference: R
-    stream: Stream
+_HEADERS = np.array([1 + NUM_GRID_SIZES.get(modality, 0) for modality in Modality])
+_AGES = 48  # bits of an age
 
 
 @dataclass
@@ -60,7 +55,7 @@ class PackReport:
         return total
 
 
-class Packer(Generic[R]):
+class Packer:
     """A buffer of pieces from which rows are taken; the choice depends on nothing else.
 
     buffer: pieces to choose from. quotas: medium -> the most ids of it in a row; what would break
@@ -72,11 +67,12 @@ class Packer(Generic[R]):
         self, length: int, *, buffer: int = 256, quotas: Mapping[Modality, int] | None = None
     ) -> None:
         self.length, self.buffer = length, buffer
-        self.report = PackReport()
         self.taken = 0
+        self._report = PackReport()
+        self._counts: list[Sequence[int]] = []  # of pieces in rows, which the report lacks
         self._quotas = [(quotas or {}).get(modality, length) for modality in Modality]
         self._limited = bool(quotas)
-        self._pieces: dict[int, Piece[R]] = {}  # by age, oldest first
+        self._pieces: dict[int, Piece] = {}  # by their keys, oldest first
         self._age = 0
 
     def __len__(self) -> int:
@@ -88,101 +84,118 @@ class Packer(Generic[R]):
         return len(self._pieces) < self.buffer
 
     @property
-    def residue(self) -> list[R]:
+    def residue(self) -> list[Any]:
         """References of the pieces that wait, oldest first: adding them restores the packer."""
         return [piece.reference for piece in self._pieces.values()]
 
-    def split(self, stream: Stream) -> list[Stream]:
+    @property
+    def report(self) -> PackReport:
+        """What was packed so far."""
+        for name, *counts in zip(_NAMES, *self._counts, strict=True):
+            self._report.ids[name] += sum(counts)
+        self._counts.clear()
+        return self._report
+
+    @report.setter
+    def report(self, report: PackReport) -> None:
+        self._report = report
+        self._counts.clear()
+
+    def split(self, document: Piece) -> list[Piece]:
         """The pieces as which a document is added."""
-        return split(stream, self.length)
+        return cut(document, self.length)
 
-    def add(self, piece: Piece[R]) -> None:
+    def add(self, piece: Piece) -> None:
         """Put a piece of `split` into the buffer."""
-        assert len(piece.stream)
-        self._pieces[self._age] = piece
-        self._added(self._age)
+        self._add(piece)
+
+    def row(self) -> list[Piece]:
+        """Take the pieces of the next row out of the buffer; none when it is empty."""
+        pieces = self._fill() if self._pieces else []
+        if pieces:
+            self._report.rows += 1
+            self._report.capacity += self.length
+            self._report.pieces += len(pieces)
+            self._counts += [piece.counts for piece in pieces]
+        return pieces
+
+    def _add(self, piece: Piece) -> int:
+        # sorted, keys stand by size, and the oldest of a size stands last
+        key = (piece.end - piece.begin << _AGES) - self._age
         self._age += 1
+        self._pieces[key] = piece
+        return key
 
-    def row(self) -> list[Stream]:
-        """Take the streams of the next row out of the buffer; none when it is empty."""
-        streams = self._fill() if self._pieces else []
-        if streams:
-            self.report.rows += 1
-            self.report.capacity += self.length
-            self.report.pieces += len(streams)
-            modality = np.concatenate([stream.modality for stream in streams])
-            for name, count in zip(_NAMES, _counts(modality), strict=True):
-                self.report.ids[name] += count
-        return streams
+    def _take(self, key: int) -> Piece:
+        return self._pieces.pop(key)
 
-    def _added(self, age: int) -> None:
-        """A piece of this age came into the buffer."""
-
-    def _removed(self, age: int) -> None:
-        """A piece of this age is about to leave it."""
-
-    def _next(self, room: int, left: list[int] | None) -> int | None:
-        """The age of the next piece of a row with this room, and this left of each quota."""
+    def _fill(self) -> list[Piece]:
+        """Take the pieces of a row out of the buffer, which is not empty."""
         raise NotImplementedError
 
-    def _fill(self) -> list[Stream]:
-        streams = [self._take(next(iter(self._pieces)))]
-        left = self._left(self._quotas, streams[0]) if self._limited else None
+
+class Fitting(Packer):
+    """Starts a row with the oldest piece, and fills it with those that still fit."""
+
+    def _next(self, room: int, left: list[int] | None) -> int | None:
+        """The key of the next piece of a row with this room, and this left of each quota."""
+        raise NotImplementedError
+
+    def _fill(self) -> list[Piece]:
+        pieces = [self._take(next(iter(self._pieces)))]
+        left = _left(self._quotas, pieces[0]) if self._limited else None
         if left and min(left) < 0:
-            self.report.over_quota += 1
-            return streams
-        room = self.length - len(streams[0])
-        while room and (age := self._next(room, left)) is not None:
-            streams.append(self._take(age))
-            room -= len(streams[-1])
-            left = left and self._left(left, streams[-1])
-        return streams
+            self._report.over_quota += 1
+            return pieces
+        room = self.length - (pieces[0].end - pieces[0].begin)
+        while room and (key := self._next(room, left)) is not None:
+            pieces.append(piece := self._take(key))
+            room -= piece.end - piece.begin
+            if left:
+                left = _left(left, piece)
+        return pieces
 
-    def _take(self, age: int) -> Stream:
-        self._removed(age)
-        return self._pieces.pop(age).stream
-
-    def _fits(self, age: int, left: list[int] | None) -> bool:
-        return left is None or min(self._left(left, self._pieces[age].stream)) >= 0
-
-    def _left(self, left: list[int], stream: Stream) -> list[int]:
-        return [most - count for most, count in zip(left, _counts(stream.modality), strict=True)]
+    def _fits(self, key: int, left: list[int] | None) -> bool:
+        return left is None or min(_left(left, self._pieces[key])) >= 0
 
 
-class BestFit(Packer[R]):
+class BestFit(Fitting):
     """The longest piece that fits, the oldest of equals."""
 
     def __init__(
         self, length: int, *, buffer: int = 256, quotas: Mapping[Modality, int] | None = None
     ) -> None:
         super().__init__(length, buffer=buffer, quotas=quotas)
-        self._by_length: list[tuple[int, int]] = []  # (length, -age), sorted
+        self._keys: list[int] = []  # sorted
 
-    def _added(self, age: int) -> None:
-        insort(self._by_length, (len(self._pieces[age].stream), -age))
+    def add(self, piece: Piece) -> None:
+        """Put a piece of `split` into the buffer."""
+        insort(self._keys, self._add(piece))
 
-    def _removed(self, age: int) -> None:
-        entry = (len(self._pieces[age].stream), -age)
-        del self._by_length[bisect_right(self._by_length, entry) - 1]
+    def _take(self, key: int) -> Piece:
+        del self._keys[bisect_left(self._keys, key)]
+        return self._pieces.pop(key)
 
     def _next(self, room: int, left: list[int] | None) -> int | None:
-        for place in range(bisect_right(self._by_length, (room, 1)) - 1, -1, -1):
-            if self._fits(age := -self._by_length[place][1], left):
-                return age
+        place = bisect_right(self._keys, room << _AGES)
+        while place:
+            place -= 1
+            if left is None or self._fits(self._keys[place], left):
+                return self._keys[place]
         return None
 
 
-class FirstFit(Packer[R]):
+class FirstFit(Fitting):
     """The oldest piece that fits."""
 
     def _next(self, room: int, left: list[int] | None) -> int | None:
-        for age, piece in self._pieces.items():
-            if len(piece.stream) <= room and self._fits(age, left):
-                return age
+        for key in self._pieces:
+            if key <= room << _AGES and self._fits(key, left):
+                return key
         return None
 
 
-class OnePiece(Packer[R]):
+class OnePiece(Fitting):
     """One piece a row."""
 
     @property
@@ -194,7 +207,7 @@ class OnePiece(Packer[R]):
         return None
 
 
-class Concatenation(Packer[R]):
+class Concatenation(Packer):
     """Documents one after another, cut where a row ends.
 
     A cut falls at a text position or between spans; where the span at the row's end is whole, the
@@ -204,31 +217,31 @@ class Concatenation(Packer[R]):
     @property
     def hungry(self) -> bool:
         """Whether less than a row waits."""
-        waiting = sum(len(piece.stream) for piece in self._pieces.values())
+        waiting = sum(piece.size for piece in self._pieces.values())
         return waiting - self.taken < self.length
 
-    def split(self, stream: Stream) -> list[Stream]:
+    def split(self, document: Piece) -> list[Piece]:
         """The document as it is."""
-        return [stream]
+        return [document]
 
-    def _fill(self) -> list[Stream]:
-        streams: list[Stream] = []
+    def _fill(self) -> list[Piece]:
+        pieces: list[Piece] = []
         room = self.length
         while self._pieces and room:
-            age, (_, stream) = next(iter(self._pieces.items()))
-            begin = self.taken
-            end = _last_cut(stream, begin, begin + room)
-            if end is None and streams:
+            key, document = next(iter(self._pieces.items()))
+            begin = document.begin + self.taken
+            end = _last_cut(document, begin, begin + room)
+            if end is None and pieces:
                 break
             end = end or begin + room
-            streams.append(_slice(stream, begin, end))
+            pieces.append(_part(document, begin, end))
             room -= end - begin
-            self.report.cut += begin == 0 and end < len(stream)
-            self.taken = end
-            if end == len(stream):
-                self._take(age)
+            self._report.cut += self.taken == 0 and end < document.end
+            self.taken = end - document.begin
+            if end == document.end:
+                self._take(key)
                 self.taken = 0
-        return streams
+        return pieces
 
 
 PACKERS = {
@@ -240,46 +253,76 @@ PACKERS = {
 
 
 def split(stream: Stream, length: int) -> list[Stream]:
-    """Cut a stream into consecutive pieces of at most `length` ids, whole spans wherever possible.
+    """`cut` for a single stream."""
+    if len(stream) <= length:
+        return [stream]
+    [document] = Streams.of([stream]).pieces([None])
+    return list(map(stream_of, cut(document, length)))
+
+
+def stream_of(piece: Piece) -> Stream:
+    """A piece as a stream of its own."""
+    tokens = piece.streams.tokens[piece.begin : piece.end]
+    spans = [
+        Span(start - piece.begin, length, Modality(modality), tuple(grid))
+        for start, length, modality, *grid in piece.streams.spans[
+            piece.first_span : piece.last_span
+        ].tolist()
+    ]
+    return Stream(
+        tokens["ids"].copy(),
+        tokens["modality"].astype(np.int8),
+        tokens["loss_weight"].copy(),
+        spans,
+    )
+
+
+def cut(document: Piece, length: int) -> list[Piece]:
+    """Cut into consecutive pieces of at most `length` ids, whole spans wherever possible.
 
     Cuts fall at a text position or between spans. A span longer than a row is cut all the same;
     its pieces are plain ids, which no span table lists.
     """
-    if len(stream) <= length:
-        return [stream]
-    pieces, begin = [], 0
-    while begin < len(stream):
-        end = _last_cut(stream, begin, begin + length) or begin + length
-        pieces.append(_slice(stream, begin, end))
+    pieces, begin = [], document.begin
+    while begin < document.end:
+        end = _last_cut(document, begin, begin + length) or begin + length
+        pieces.append(_part(document, begin, end))
         begin = end
     return pieces
 
 
-def _last_cut(stream: Stream, begin: int, limit: int) -> int | None:
+def _last_cut(document: Piece, begin: int, limit: int) -> int | None:
     """The last place in (begin, limit] that is inside of no span; None when there is none."""
-    limit = min(limit, len(stream))
-    for span in stream.spans:
-        first, end = _bounds(span)
-        if first < limit < end:
-            return first if first > begin else None
-    return limit
+    if document.end <= limit:
+        return document.end
+    firsts, ends = _bounds(document)
+    place = int(np.searchsorted(firsts, limit)) - 1
+    if place < 0 or ends[place] <= limit:
+        return limit
+    return int(firsts[place]) if firsts[place] > begin else None
 
 
-def _slice(stream: Stream, begin: int, end: int) -> Stream:
-    inside = [
-        span._replace(start=span.start - begin)
-        for span in stream.spans
-        if begin <= _bounds(span)[0] and _bounds(span)[1] <= end
-    ]
-    place = slice(begin, end)
-    return Stream(stream.ids[place], stream.modality[place], stream.loss_weight[place], inside)
+def _part(document: Piece, begin: int, end: int) -> Piece:
+    if begin == document.begin and end == document.end:
+        return document
+    firsts, ends = _bounds(document)
+    first, last = np.searchsorted(firsts, begin), np.searchsorted(ends, end, side="right")
+    modality = document.streams.tokens["modality"][begin:end]
+    return document._replace(
+        begin=begin,
+        end=end,
+        first_span=document.first_span + int(first),
+        last_span=document.first_span + int(max(first, last)),
+        counts=np.bincount(modality, minlength=len(Modality)).tolist(),
+    )
 
 
-def _bounds(span: Span) -> tuple[int, int]:
-    """The first id of a span's header, and one past its end id."""
-    assert span.modality in END
-    return span.start - span.num_header, span.start + span.length + 1
+def _bounds(document: Piece) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (S,): the first id of every span's header, and one past its end id."""
+    spans = document.streams.spans[document.first_span : document.last_span]
+    start, length, modality = spans[:, :3].T
+    return start - _HEADERS[modality], start + length + 1
 
 
-def _counts(modality: np.ndarray) -> list[int]:
-    return np.bincount(modality, minlength=len(Modality)).tolist()
+def _left(left: list[int], piece: Piece) -> list[int]:
+    return [most - count for most, count in zip(left, piece.counts, strict=True)]

@@ -73,7 +73,7 @@ class PipelineSource:
                 "encodes it (mmpt encode writes one) as its processor"
             )
         self.name, self.config, self.vocabulary = name, config, vocabulary
-        self.streams, self.condition_drop = streams, condition_drop
+        self.num_streams, self.condition_drop = streams, condition_drop
         self.quarantine = Quarantine(Path(config.quarantine) if config.quarantine else None)
         self.open = _find(config.pipeline, name)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -108,7 +108,7 @@ class PipelineSource:
 
     def stream(self, number: int) -> Stream:
         """Document `number` of the endless sequence, laid out. Raises Gone for what is past."""
-        read, stream = divmod(number, self.streams)
+        read, stream = divmod(number, self.num_streams)
         return self._feed(stream).document(read)
 
     def resume(self, stream: int, read: int, counts: Mapping[str, int]) -> None:
@@ -189,13 +189,13 @@ class _Feed:
             if empty:
                 raise UserError(
                     f"source {self.source.name}: {self.source.config.pipeline} gave stream "
-                    f"{self.number} of {self.source.streams} no document to train on"
+                    f"{self.number} of {self.source.num_streams} no document to train on"
                 )
 
     def _samples(self) -> Iterator[Any]:
         """One iteration of the pipeline."""
         try:
-            yield from self.source.open(self.number, self.source.streams)
+            yield from self.source.open(self.number, self.source.num_streams)
         except UserError:
             raise
         except Exception as error:

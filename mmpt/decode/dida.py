@@ -59,15 +59,24 @@ class JointRows:
 
 
 def corrupt(
-    rows: Rows, vocabulary: Vocabulary, *, generator: torch.Generator, max_noisy: int
+    rows: Rows,
+    vocabulary: Vocabulary,
+    *,
+    generators: Sequence[torch.Generator],
+    max_noisy: int,
 ) -> JointRows:
     """Lay noisy copies of the rows' media blocks behind them, at most `max_noisy` ids a row.
 
     Blocks are chosen at random where not all fit; each has its own time. Blocks whose codes carry
-    no loss weight are conditions and get no copy. Rows are on the host.
+    no loss weight are conditions and get no copy. Rows are on the host; each has its generator, so
+    that its noise does not depend on the other rows.
     """
-    chosen = [_choose(blocks, max_noisy, generator) for blocks in _blocks(rows)]
-    num_noisy = max(sum(1 + block.length for block in blocks) for blocks in chosen)
+    chosen = [
+        _choose(blocks, max_noisy, generator)
+        for blocks, generator in zip(_blocks(rows), generators, strict=True)
+    ]
+    # one at least, for the weights of noisy ids take part in every step, on every rank
+    num_noisy = max(1, *(sum(1 + block.length for block in blocks) for blocks in chosen))
     size = rows.ids.shape
     noisy = _empty(size[0], num_noisy)
     candidates = {
@@ -77,7 +86,8 @@ def corrupt(
         offset = 0
         for number, block in enumerate(blocks):
             place = slice(offset, offset + 1 + block.length)
-            _write(noisy, rows, row, place, number, block, candidates[block.modality], generator)
+            books, generator = candidates[block.modality], generators[row]
+            _write(noisy, rows, row, place, number, block, books, generator)
             offset = place.stop
     clean = JointRows(
         rows.ids,

@@ -44,8 +44,10 @@ class Dispatch:
             )
         num_clean = sum(n for n, g in zip(counts, groups, strict=False) if not g.noisy)
         num_noisy = sum(counts[:-1]) - num_clean
-        noisy = order[num_clean : num_clean + num_noisy] if num_noisy else None
-        return cls(order, invert(order), tuple(counts), noisy)
+        noisy = order[num_clean : num_clean + num_noisy]
+        # while training, the weights of noisy ids take part where there are none, too
+        unused = not num_noisy and not (torch.is_grad_enabled() and any(g.noisy for g in groups))
+        return cls(order, invert(order), tuple(counts), None if unused else noisy)
 
 
 def group_table(config: ModelConfig) -> torch.Tensor:

@@ -262,6 +262,21 @@ class Decoder(nn.Module):
             ) from None
         return model
 
+    def fill(self, folder: str | Path) -> None:
+        """Overwrite the weights by those of a model folder of the same shape, also in parts."""
+        folder = Path(folder)
+        config, version = _read_config(folder)
+        ours, theirs = (to_dict(replace(each, noisy_rank=0)) for each in (self.config, config))
+        if different := [key for key in ours if ours[key] != theirs.get(key)]:
+            key = different[0]
+            raise UserError(
+                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours[key]}; they "
+                "must be equal"
+            )
+        tensors = upgrade(read_tensors(folder), version, config)
+        for name, tensor in self.state_dict().items():
+            fill(tensor, tensors[name])
+
     @property
     def num_parameters(self) -> int:
         """All weights that are stored."""

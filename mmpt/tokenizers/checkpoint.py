@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpt.config import UserError, write_atomic
+from mmpt.muon import Muon
 from mmpt.tokenizers.health import BadSteps, CodebookHealth
-from mmpt.tokenizers.muon import Muon
 from mmpt.tokenizers.objectives import Objective
 from mmpt.tokenizers.recipe import CodecRecipe, recipe_hash
 

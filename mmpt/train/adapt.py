@@ -1,8 +1,9 @@
 """Adaptation to parallel decoding (DiDA): a trained model learns to denoise whole media blocks.
 
 The model grows experts for noisy ids as copies of its own, and only what noisy ids alone use is
-trained, so its autoregressive pass stays bit-equal. The loop is that of pretraining, with another
-objective.
+trained, so its autoregressive pass stays bit-equal. With `autoregressive` in the recipe all weights
+are trained, and clean ids are predicted in the same pass. The loop is that of pretraining, with
+another objective.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,12 @@ from typing import Any
 
 import torch
 
-from mmpt.config import UserError
 from mmpt.decode.dida import JointRows, corrupt, denoising_loss, joint_forward
 from mmpt.model.transformer import Decoder
-from mmpt.model.weights import files_of
 from mmpt.stream import Rows
-from mmpt.train.checkpoint import begun_with, latest
-from mmpt.train.loop import Trainer, TrainResult, checkpoints_of
-from mmpt.train.loss import Losses, modality_weights
+from mmpt.train.checkpoint import begun_with, checkpoints_of, find_model
+from mmpt.train.loop import Trainer, TrainResult
+from mmpt.train.loss import Losses, modality_weights, next_weight, score_next
 from mmpt.train.metrics import Metrics
 from mmpt.train.recipe import AdaptRecipe, load_run_recipe
 from mmpt.vocab import Modality, Vocabulary
@@ -55,29 +54,27 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
     def build() -> Decoder:
         model = Decoder.load(start, vocabulary=vocabulary)
         model.add_noisy_groups(seed=recipe.seed)
-        model.freeze_for_adaptation()
+        if not recipe.autoregressive:
+            model.freeze_for_adaptation()
         return model
 
-    objective = Denoise(vocabulary, recipe.loss_weights, max_noisy=recipe.max_noisy)
+    objective = Denoise(
+        vocabulary,
+        recipe.loss_weights,
+        max_noisy=recipe.max_noisy,
+        autoregressive=recipe.autoregressive,
+    )
     return Trainer(
         recipe, run, build=build, vocabulary=vocabulary, objective=objective, start=start
     )
 
 
-def find_model(folder: str | Path) -> Path:
-    """A model folder, or the newest checkpoint of a run folder."""
-    folder = Path(folder)
-    if files_of(folder):
-        return folder
-    newest = latest(checkpoints_of(folder))
-    if newest is None:
-        raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
-    return newest
-
-
 @dataclass
 class NoisyBatch:
-    """The joint layout of clean ids and noisy blocks, and the weight of each position."""
+    """The joint layout of clean ids and noisy blocks, and the weight of predicting each id there.
+
+    A clean id is predicted from those before it, the clean code of a noisy one from its block.
+    """
 
     joint: JointRows
     weight: torch.Tensor
@@ -88,7 +85,10 @@ class NoisyBatch:
 
 
 class Denoise:
-    """The objective of adaptation: the clean codes of noisy blocks."""
+    """The objective of adaptation: the clean codes of noisy blocks.
+
+    autoregressive: the weight of predicting clean ids, in the same pass; 0: they are not.
+    """
 
     def __init__(
         self,
@@ -96,24 +96,38 @@ class Denoise:
         weights: Mapping[str, float] | None = None,
         *,
         max_noisy: int,
+        autoregressive: float = 0.0,
     ) -> None:
         self.vocabulary, self.max_noisy = vocabulary, max_noisy
-        self.weights = modality_weights(weights or {})
+        self.weights, self.autoregressive = modality_weights(weights or {}), autoregressive
 
-    def prepare(self, rows: Rows, generator: torch.Generator) -> NoisyBatch:
+    def prepare(self, rows: Rows, generators: Sequence[torch.Generator]) -> NoisyBatch:
         """Choose and corrupt blocks."""
-        joint = corrupt(rows, self.vocabulary, generator=generator, max_noisy=self.max_noisy)
-        scored = joint.labels >= 0
+        joint = corrupt(rows, self.vocabulary, generators=generators, max_noisy=self.max_noisy)
         weight = joint.loss_weight * self.weights[joint.modality]
-        return NoisyBatch(joint, torch.where(scored, weight, 0.0))
+        weight = torch.where(joint.labels >= 0, weight, 0.0)
+        if self.autoregressive:
+            clean = self.autoregressive * next_weight(rows, self.weights)
+            weight[:, : joint.num_clean] = clean
+        return NoisyBatch(joint, weight)
 
     def losses(self, model: Decoder, batch: NoisyBatch) -> Losses:
-        """One joint pass, scored on the noisy positions."""
-        hidden = joint_forward(model, batch.joint)
-        by_modality = denoising_loss(model, self.vocabulary, batch.joint, hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        """One joint pass, scored on the noisy positions, and on the clean ones if asked to."""
+        joint = batch.joint
+        hidden = joint_forward(model, joint)
+        total = hidden[:, :0].sum()  # where there is no block, too, gradients are zero
         nats, counts = torch.zeros(2, len(Modality), dtype=torch.float64, device=hidden.device)
-        for modality, loss in by_modality.items():
+        for modality, loss in denoising_loss(model, self.vocabulary, joint, hidden).items():
             total = total + self.weights[modality].to(hidden.device) * loss.nats
             nats[modality], counts[modality] = loss.nats.detach(), loss.weight
-        return Losses(total, nats, counts)
+        if not self.autoregressive:
+            return Losses(total, nats, counts)
+        length = joint.num_clean
+        clean = score_next(
+            model,
+            hidden[:, :length],
+            joint.ids[:, :length],
+            weight=batch.weight[:, :length],
+            modality=joint.modality[:, :length],
+        )
+        return Losses(total + clean.total, clean.nats, clean.counts, noisy=(nats, counts))

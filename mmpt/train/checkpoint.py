@@ -241,6 +241,8 @@ def load_checkpoint(
                 path, "optimizer", weights, version, model.config
             ).items():
                 weight, _, key = name.rpartition(":")
+                if not tensor.ndim and not optimizer.defaults.get("fused"):
+                    tensor = tensor.cpu()  # counted on the host, unless it counts beside the weight
                 optimizer.state[weights[weight]][key] = tensor
         for name in extra:
             if files_of(path, name):
@@ -272,6 +274,22 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     return next(reversed(list_checkpoints(folder)), None)
+
+
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run) / "checkpoints"
+
+
+def find_model(folder: str | Path) -> Path:
+    """A model folder, or the newest checkpoint of a run folder."""
+    folder = Path(folder)
+    if files_of(folder):
+        return folder
+    newest = latest(checkpoints_of(folder))
+    if newest is None:
+        raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
+    return newest
 
 
 def begun_with(folder: str | Path, vocabulary: Vocabulary) -> Vocabulary:
@@ -366,7 +384,6 @@ def _read_like(
     for key, meta in (old or list_parts(path / name)).items():
         like = weights[key.rpartition(":")[0] or key]
         size = meta.shape if isinstance(meta, torch.Tensor) else meta.size
-        # the step too, though it has no dimensions: fused AdamW counts beside the parameter
         tensors[key] = torch.empty_like(like) if size else torch.empty((), device=like.device)
     if version > 1:
         read_parts(tensors, path / name)

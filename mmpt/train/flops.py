@@ -27,28 +27,30 @@ def count_ids(rows: Sequence[Rows]) -> torch.Tensor:
 class Flops:
     """Operations of a model's training steps: three forward passes for ids that weights learn from.
 
-    Adaptation learns from noisy ids alone; clean ones are read, once.
+    Where noisy ids alone are learned from, clean ones are read, once.
     """
 
     def __init__(self, model: Decoder) -> None:
-        adapting = model.frozen_clean
-        self._passes = 1 if adapting else 3
+        self._frozen = model.frozen_clean
         self._clean, self._noisy = torch.zeros(2, 2, len(Modality), dtype=torch.float64)
         for modality in Modality:
             self._clean[:, modality] = _line(model, modality, noisy=False)
-            if adapting and int(model.groups[1, modality]) < len(model.config.groups):
+            if int(model.groups[1, modality]) < len(model.config.groups):
                 self._noisy[:, modality] = _line(model, modality, noisy=True)
 
-    def of_step(self, read: torch.Tensor, scored: Sequence[float]) -> dict[str, int]:
-        """By medium, from `count_ids` of a step and the ids that were predicted (4).
+    def of_step(
+        self, read: torch.Tensor, scored: Sequence[float], noisy: Sequence[float]
+    ) -> dict[str, int]:
+        """By medium, from `count_ids` of a step and how many ids were predicted and denoised (4).
 
         A noisy id counts as seeing as many keys as the clean ids of its medium.
         """
         ids, keys = read
-        noisy = torch.tensor(scored, dtype=torch.float64)
-        clean = self._passes * (self._clean[0] * ids + self._clean[1] * keys)
+        denoised = torch.tensor(scored if self._frozen else noisy, dtype=torch.float64)
+        passes = 1 if self._frozen else 3
+        clean = passes * (self._clean[0] * ids + self._clean[1] * keys)
         mean = keys / ids.clamp(min=1)
-        total = clean + 3 * noisy * (self._noisy[0] + self._noisy[1] * mean)
+        total = clean + 3 * denoised * (self._noisy[0] + self._noisy[1] * mean)
         return {m.name.lower(): int(total[m]) for m in Modality if total[m]}
 
 

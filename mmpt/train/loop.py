@@ -30,11 +30,14 @@ from mmpt.train.checkpoint import (
     Checkpoints,
     Moment,
     begun_with,
+    checkpoints_of,
+    find_model,
     find_processor,
     latest,
     load_checkpoint,
 )
 from mmpt.train.clock import Laps
+from mmpt.train.ema import Average
 from mmpt.train.flops import Flops, count_ids, measure_peak
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
@@ -48,7 +51,12 @@ from mmpt.train.metrics import (
     speed,
     summary,
 )
-from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
+from mmpt.train.optim import (
+    build_optimizer,
+    initialise_mup,
+    learning_rate,
+    set_learning_rate,
+)
 from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.profile import Profiler
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
@@ -129,8 +137,15 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
                 "name the tokenizers that encoded the data"
             )
 
+    start = find_model(recipe.start) if recipe.start else None
+    if start is not None and recipe.codes_from:
+        raise UserError("start and codes_from both say what the first weights are; leave one out")
+
     def initialise(model: Decoder) -> None:
         model.initialise(recipe.seed)
+        initialise_mup(model, recipe.optim)
+        if start is not None:
+            model.fill(start)
         generator = torch.Generator().manual_seed(recipe.seed)
         for codec in codecs:
             ranges, latents = vocabulary.ranges_of(codec.modality), codec.code_latents()
@@ -143,14 +158,10 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
         run,
         build=lambda: Decoder(recipe.model),
         initialise=initialise,
+        start=start,
         vocabulary=vocabulary,
         objective=NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise),
     )
-
-
-def checkpoints_of(run: str | Path) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path(run) / "checkpoints"
 
 
 class Trainer:
@@ -187,6 +198,7 @@ class Trainer:
             total_rows=recipe.steps * recipe.accumulate * recipe.data.rows,
         )
         self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.counters, self.guard = Counters(), Guard(recipe.guard)
         self.flops, self.routing = Flops(self.model), Routing()
         self.pulse = Pulse()
@@ -269,13 +281,15 @@ class Trainer:
         losses = [self._backward(batch, weight, laps) for batch in batches] if weight else []
         laps.begin("ranks")
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
-        total, nats, counts, read = self._sum(losses, read)
+        total, sums = self._sum(losses, read)
+        nats, counts, *noisy = sums[:4].tolist()
+        read = sums[4:]
         self.ranks.sum_loads(self.model)
         laps.begin("optimizer")
         loss = total / (weight or 1.0)
         reason = self._judge(loss, norm, nats, counts)
         loads, routing = self._update(rate if losses and not reason else 0.0)
-        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts)
+        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts, noisy[1])
         counters.step += 1
         counters.tokens += num_tokens
         for name, number in flops.items():
@@ -297,6 +311,7 @@ class Trainer:
             "grad_norm": finite_or_none(norm),
             "loss": finite_or_none(loss),
             "modality": by_modality(nats, counts),
+            "noisy": by_modality(noisy[0], noisy[1]),
             "share": shares(read[0].tolist()),
             "step_flops": flops,
             "flops": dict(counters.flops),
@@ -333,6 +348,7 @@ class Trainer:
             loader=self.loader.state_dict(),
             vocabulary=self.vocabulary,
             processor=self.processor,
+            extra={"average": self.average.state_dict()} if self.average else {},
         )
 
     def _build(
@@ -353,7 +369,11 @@ class Trainer:
         path = latest(self.checkpoints)
         keep_recipe(self.folder, self.recipe, resumed=path is not None, write=self.ranks.first)
         if path is not None:
-            state, _ = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+            state, more = load_checkpoint(
+                path, model=self.model, optimizer=self.optimizer, extra=("average",)
+            )
+            if self.average:
+                self.average.load_state_dict(more["average"])
             self.counters = Counters(**state["counters"])
             self.loader.load_state_dict(state["loader"])
             if "guard" in state:  # which older ones have not
@@ -393,10 +413,6 @@ class Trainer:
 
     def _read(self) -> tuple[list[Any], torch.Tensor]:
         """Batches of this rank on its device, and what `count_ids` says of them."""
-        seed = mix_keys(self.recipe.seed, self.counters.step)
-        if self.ranks.data_rank:  # other rows get other noise
-            seed = mix_keys(seed, self.ranks.data_rank)
-        generator = torch.Generator().manual_seed(seed >> 1)
         rows = list(islice(self.loader, self.recipe.accumulate))
         read = count_ids(rows)
         if not self.ranks.sum(read[0].sum()).item():
@@ -407,8 +423,18 @@ class Trainer:
             )
         if self.ranks.count > 1:  # others wait for this one, though its streams have ended
             rows += [self.loader.padding()] * (self.recipe.accumulate - len(rows))
-        batches = [self.objective.prepare(each, generator) for each in rows]
+        batches = [
+            self.objective.prepare(each, self._generators(number, len(each.ids)))
+            for number, each in enumerate(rows)
+        ]
         return [batch.to(self.device) for batch in batches], read
+
+    def _generators(self, batch: int, rows: int) -> list[torch.Generator]:
+        """One for each of this rank's rows of a batch, by its number among those of all ranks."""
+        key = mix_keys(mix_keys(self.recipe.seed, self.counters.step), batch)
+        numbers = range(self.ranks.data_rank, rows * self.ranks.num_data, self.ranks.num_data)
+        seeds = [mix_keys(key, number) >> 1 for number in numbers]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
         enabled = self.recipe.precision == "bf16"
@@ -419,17 +445,18 @@ class Trainer:
         (losses.total / weight).backward()
         return losses
 
-    def _sum(
-        self, losses: Sequence[Losses], read: torch.Tensor
-    ) -> tuple[float, list[float], list[float], torch.Tensor]:
-        """Over batches and ranks: the weighted loss, nats and counts by modality, and `read`."""
-        total = torch.zeros(5, len(Modality), dtype=torch.float64, device=self.device)
+    def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4), on the host:
+
+        nats, counts, those two of noisy ids beside them, and `read`.
+        """
+        sums = torch.zeros(7, len(Modality), dtype=torch.float64, device=self.device)
         for each in losses:
-            total[0, 0] += each.total.detach()
-            total[1:3] += torch.stack([each.nats, each.counts])
-        total[3:] = read.to(self.device)
-        total = self.ranks.sum(total).cpu()
-        return total[0, 0].item(), total[1].tolist(), total[2].tolist(), total[3:]
+            sums[0, 0] += each.total.detach()
+            sums[1:5] += torch.stack([each.nats, each.counts, *(each.noisy or sums[1:3] * 0)])
+        sums[5:] = read.to(self.device)
+        sums = self.ranks.sum(sums).cpu()
+        return sums[0, 0].item(), sums[1:]
 
     def _judge(
         self, loss: float, norm: float, nats: Sequence[float], counts: Sequence[float]
@@ -450,6 +477,8 @@ class Trainer:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.model.update_balance()
+            if self.average:
+                self.average.update(self.counters.step)
         else:
             self.model.update_balance(0.0)
         self.optimizer.zero_grad()

@@ -7,7 +7,7 @@ whole vocabulary never exist for more than one chunk of positions.
 Legend: N positions that are scored, D width, V vocabulary, C positions of a chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
 from mmpt.vocab import MEDIA, Modality
 
-CHUNK = 512
+CHUNK = 512  # positions
+MAX_LOGITS = 1 << 25  # that exist at a time
 
 
 @dataclass
@@ -25,12 +26,14 @@ class Losses:
     """Of one batch: what is differentiated, and sums to report.
 
     total: the weighted sum of losses, a scalar with a gradient. nats and counts: float64 (4,), the
-    plain sums by modality of the predicted id, over the positions with weight.
+    plain sums by modality of the predicted id, over the positions with weight. noisy: the same two
+    of codes that are denoised, where clean ids are predicted beside them.
     """
 
     total: torch.Tensor
     nats: torch.Tensor
     counts: torch.Tensor
+    noisy: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Batch(Protocol):
@@ -46,8 +49,8 @@ class Batch(Protocol):
 class Objective(Protocol):
     """A way to train on rows: plain next ids here, denoising in `mmpt.decode.dida`."""
 
-    def prepare(self, rows: Rows, generator: torch.Generator) -> Any:
-        """The `Batch` of these rows; all randomness is drawn here."""
+    def prepare(self, rows: Rows, generators: Sequence[torch.Generator]) -> Any:
+        """The `Batch` of these rows; all randomness is drawn here, of each row by its generator."""
         ...
 
     def losses(self, model: Decoder, batch: Any) -> Losses:
@@ -74,9 +77,9 @@ class NextBatch:
 class NextToken:
     """The autoregressive objective: each id from those before it in its document.
 
-    noise: the share of codes that the model is shown as another code of the batch, while it still
-    predicts the true ones. Like unigram noising (arXiv 1703.02573) it keeps a model that sees few
-    codes many times from learning them by heart.
+    noise: the share of codes that the model is shown as another code of the rank's batch, while it
+    still predicts the true ones. Like unigram noising (arXiv 1703.02573) it keeps a model that sees
+    few codes many times from learning them by heart.
     """
 
     def __init__(
@@ -88,22 +91,20 @@ class NextToken:
     ) -> None:
         self.weights, self.z_loss, self.noise = modality_weights(weights or {}), z_loss, noise
 
-    def prepare(self, rows: Rows, generator: torch.Generator) -> NextBatch:
+    def prepare(self, rows: Rows, generators: Sequence[torch.Generator]) -> NextBatch:
         """Draw the noise; rows are on the host."""
-        weight = rows.loss_weight * self.weights[rows.modality]
-        inside = (rows.position > 0) & (rows.document >= 0)
-        return NextBatch(rows, self._shown(rows, generator), torch.where(inside, weight, 0.0))
+        return NextBatch(rows, self._shown(rows, generators), next_weight(rows, self.weights))
 
-    def _shown(self, rows: Rows, generator: torch.Generator) -> torch.Tensor:
+    def _shown(self, rows: Rows, generators: Sequence[torch.Generator]) -> torch.Tensor:
         if not self.noise:
             return rows.ids
-        shown = rows.ids.clone()
-        replaced = torch.rand(shown.shape, generator=generator) < self.noise
+        shown, size = rows.ids.clone(), (2, rows.ids.shape[1])
+        drawn = [torch.rand(size, generator=generator) for generator in generators]
+        chance, pick = torch.stack(drawn, 1)
         for modality in MEDIA:
-            codes = rows.ids[rows.modality == modality]
-            chosen = replaced & (rows.modality == modality)
-            picks = torch.randint(max(len(codes), 1), (int(chosen.sum()),), generator=generator)
-            shown[chosen] = codes[picks]
+            there = rows.modality == modality
+            codes, chosen = rows.ids[there], there & (chance < self.noise)
+            shown[chosen] = codes[(pick[chosen] * len(codes)).long()]
         return shown
 
     def losses(self, model: Decoder, batch: NextBatch) -> Losses:
@@ -112,15 +113,41 @@ class NextToken:
         hidden = model(
             batch.shown, modality=rows.modality, position=rows.position, document=rows.document
         )
-        scored = batch.weight[:, 1:] > 0
-        return score(
-            hidden[:, :-1][scored],
-            head_weight(model),
-            rows.ids[:, 1:][scored],
-            weights=batch.weight[:, 1:][scored],
-            modality=rows.modality[:, 1:][scored],
+        return score_next(
+            model,
+            hidden,
+            rows.ids,
+            weight=batch.weight,
+            modality=rows.modality,
             z_loss=self.z_loss,
         )
+
+
+def next_weight(rows: Rows, weights: torch.Tensor) -> torch.Tensor:
+    """The weight (B, L) of predicting each id; 0 where nothing stands before it."""
+    inside = (rows.position > 0) & (rows.document >= 0)
+    return torch.where(inside, rows.loss_weight * weights[rows.modality], 0.0)
+
+
+def score_next(
+    model: Decoder,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    weight: torch.Tensor,
+    modality: torch.Tensor,
+    z_loss: float = 0.0,
+) -> Losses:
+    """Losses of predicting each of `ids` (B, L) from what stands before it, where it has weight."""
+    scored = weight[:, 1:] > 0
+    return score(
+        hidden[:, :-1][scored],
+        head_weight(model),
+        ids[:, 1:][scored],
+        weights=weight[:, 1:][scored],
+        modality=modality[:, 1:][scored],
+        z_loss=z_loss,
+    )
 
 
 def score(
@@ -146,7 +173,7 @@ def cross_entropy(
     weights: torch.Tensor,
     *,
     z_loss: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of -log p (scalar, with gradient), and -log p (N,) without gradient.
 
@@ -154,8 +181,13 @@ def cross_entropy(
     """
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     return _ChunkedCrossEntropy.apply(  # type: ignore[return-value] # apply is untyped
-        hidden, head, targets, weights, z_loss, chunk, needs_gradient
+        hidden, head, targets, weights, z_loss, chunk or _chunk(len(head)), needs_gradient
     )
+
+
+def _chunk(vocab_size: int) -> int:
+    """Positions of a chunk: fewer where the vocabulary is large."""
+    return max(1, min(CHUNK, MAX_LOGITS // vocab_size))
 
 
 def head_weight(model: Decoder) -> torch.Tensor:

@@ -36,6 +36,7 @@ class RunRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
     accumulate: int = 1  # batches a step
+    ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0: none
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     checkpoint_every: int = 200  # steps
@@ -54,6 +55,8 @@ class RunRecipe:
                 raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
         if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
             raise UserError(f"profile = {list(self.profile)}; use [first step, number of steps]")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema = {self.ema}; use 0 for no average, or less than 1")
         known = [modality.name.lower() for modality in Modality]
         for name, weight in self.loss_weights.items():
             if name not in known or weight < 0:
@@ -70,6 +73,7 @@ class TrainRecipe(RunRecipe):
     z_loss: float = 0.0
     noise: float = 0.0  # share of codes shown as other codes, see `NextToken`
     codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
+    start: str = ""  # a model folder or run whose weights are the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ class AdaptRecipe(RunRecipe):
 
     start: str = ""
     max_noisy: int = 512  # noisy ids a row
+    autoregressive: float = 0.0  # weight of predicting clean ids; above 0 all weights are trained
 
 
 R = TypeVar("R", bound=RunRecipe)

@@ -5,7 +5,7 @@ import pytest
 
 from mmpt.data.layout import to_conditioned_stream, to_stream
 from mmpt.data.tokens import EncodedDocument
-from mmpt.stream import Segment, StreamBuilder, parse
+from mmpt.stream import Segment, parse
 from mmpt.vocab import Modality
 
 NEWLINE = np.array([10])
@@ -100,20 +100,3 @@ def test_a_condition_can_come_from_another_document(vocabulary):
     codes = [stream.ids[stream.loss_weight > 0].tolist() for stream in (right, wrong)]
     assert codes[0] == codes[1]
     assert wrong.ids[1:10].tolist() == list(range(100, 109))
-
-
-def test_a_builder_that_wrote_other_documents_writes_the_same(vocabulary):
-    builder = StreamBuilder(vocabulary)
-    for seed in range(10):
-        ours, theirs = (
-            to_stream(
-                DOCUMENT,
-                vocabulary,
-                np.random.default_rng(seed),
-                separator=NEWLINE,
-                builder=each,
-            )
-            for each in (builder, None)
-        )
-        assert ours.ids.tolist() == theirs.ids.tolist()
-        assert ours.spans == theirs.spans

@@ -17,9 +17,8 @@ def read(mixer, lengths, number):
     rng = np.random.default_rng(0)
     before = {name: cursor.tokens for name, cursor in mixer.cursors.items()}
     for length in rng.lognormal(0, 0.7, number):
-        cursor = mixer.cursors[mixer.choose()]
-        cursor.tokens += 1 + int(length * lengths[id(cursor) == id(mixer.cursors["a"])])
-        cursor.read += 1
+        name = mixer.choose()
+        mixer.was_read(name, 1 + int(length * lengths[name == "a"]))
     return {name: cursor.tokens - before[name] for name, cursor in mixer.cursors.items()}
 
 

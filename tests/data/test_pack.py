@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from mmpt.data.pack import PACKERS, BestFit, PackReport, Piece, split
+from mmpt.data.pack import PACKERS, BestFit, PackReport, split, stream_of
+from mmpt.flat import Streams
 from mmpt.stream import StreamBuilder
 from mmpt.vocab import Modality
 
@@ -17,6 +18,16 @@ def mixed_stream(vocabulary, rng):
         builder.text(rng.integers(0, 300, rng.integers(1, 30)))
         builder.media(Modality.IMAGE, rng.integers(0, 64, (4, 4)))
     return builder.structure("<eod>").build()
+
+
+def piece_of(reference, stream):
+    [piece] = Streams.of([stream]).pieces([reference])
+    return piece
+
+
+def take(packer):
+    """The next row as streams."""
+    return list(map(stream_of, packer.row()))
 
 
 def header(stream, vocabulary, span):
@@ -65,11 +76,11 @@ def test_packing_loses_no_piece_and_repeats_none(vocabulary):
     for number in range(300):
         stream = text_stream(vocabulary, rng.integers(1, 65))
         given.append(stream.ids.sum() + 1000 * len(stream))
-        packer.add(Piece(number, stream))
+        packer.add(piece_of(number, stream))
         if len(packer) == 40:
-            taken += packer.row()
+            taken += take(packer)
     while len(packer):
-        taken += packer.row()
+        taken += take(packer)
     assert sorted(given) == sorted(stream.ids.sum() + 1000 * len(stream) for stream in taken)
     assert packer.report.pieces == 300
     assert sum(packer.report.ids.values()) == sum(map(len, taken))
@@ -80,18 +91,18 @@ def test_rows_are_nearly_full(vocabulary):
     packer = BestFit(512)
     lengths = np.clip(rng.lognormal(4.4, 0.9, 4000), 1, 512).astype(int)
     for number, length in enumerate(lengths):
-        packer.add(Piece(number, text_stream(vocabulary, length)))
+        packer.add(piece_of(number, text_stream(vocabulary, length)))
         if len(packer) == 256:
-            packer.row()
+            take(packer)
     assert packer.report.fill > 0.99
 
 
 def test_the_oldest_piece_is_in_the_next_row(vocabulary):
     packer = BestFit(64)
-    packer.add(Piece("old", text_stream(vocabulary, 40)))
+    packer.add(piece_of("old", text_stream(vocabulary, 40)))
     for number in range(20):
-        packer.add(Piece(number, text_stream(vocabulary, 64)))
-    assert [len(stream) for stream in packer.row()] == [40]
+        packer.add(piece_of(number, text_stream(vocabulary, 64)))
+    assert [len(stream) for stream in take(packer)] == [40]
     assert packer.residue == list(range(20))
 
 
@@ -100,13 +111,13 @@ def test_a_packer_restored_from_its_residue_goes_on_alike(vocabulary):
     streams = [text_stream(vocabulary, length) for length in rng.integers(1, 65, 100)]
     packer = BestFit(64)
     for number, stream in enumerate(streams):
-        packer.add(Piece(number, stream))
-    packer.row()
+        packer.add(piece_of(number, stream))
+    take(packer)
     restored = BestFit(64)
     for number in packer.residue:
-        restored.add(Piece(number, streams[number]))
+        restored.add(piece_of(number, streams[number]))
     while len(packer):
-        ours, theirs = packer.row(), restored.row()
+        ours, theirs = take(packer), take(restored)
         assert [len(stream) for stream in ours] == [len(stream) for stream in theirs]
         assert packer.residue == restored.residue
 
@@ -117,9 +128,9 @@ def packed(packer, streams):
     while waiting or len(packer):
         while packer.hungry and waiting:
             number, stream = waiting.pop()
-            for place, piece in enumerate(packer.split(stream)):
-                packer.add(Piece((number, place), piece))
-        rows.append(packer.row())
+            for piece in packer.split(piece_of(number, stream)):
+                packer.add(piece)
+        rows.append(take(packer))
     return rows
 
 
@@ -155,8 +166,8 @@ def test_packers_fill_differently(vocabulary):
 def test_first_fit_takes_the_oldest_that_fits(vocabulary):
     packer = PACKERS["first-fit"](64)
     for number, length in enumerate((40, 30, 10, 24, 14)):
-        packer.add(Piece(number, text_stream(vocabulary, length)))
-    assert [len(stream) for stream in packer.row()] == [40, 10, 14]
+        packer.add(piece_of(number, text_stream(vocabulary, length)))
+    assert [len(stream) for stream in take(packer)] == [40, 10, 14]
     assert packer.residue == [1, 3]
 
 

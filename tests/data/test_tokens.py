@@ -126,7 +126,7 @@ def test_a_flipped_byte_in_any_array_is_noticed(tmp_path, make_documents, write_
 
 
 def test_a_newer_format_is_refused(tmp_path, make_documents, write_shard, monkeypatch):
-    monkeypatch.setattr("mmpt.data.tokens.FORMAT_VERSION", 2)
+    monkeypatch.setattr("mmpt.data.token_writer.FORMAT_VERSION", 2)
     path = write_shard(tmp_path / "a.tokens.tar", make_documents(2))
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 2; this mmpt reads 1"):

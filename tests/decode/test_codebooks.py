@@ -81,7 +81,7 @@ def test_noise_and_loss_stay_in_the_codebook_of_a_position(make_model, vocabular
     model = make_model()
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        joint = corrupt(rows, vocabulary, generator=generator, max_noisy=32)
+        joint = corrupt(rows, vocabulary, generators=[generator] * len(rows.ids), max_noisy=32)
         noisy = joint.ids[0, joint.num_clean + 1 :].numpy()
         assert vocabulary.codes_of(SPEECH, noisy) is not None
         loss = denoising_loss(model, vocabulary, joint, joint_forward(model, joint))[SPEECH]

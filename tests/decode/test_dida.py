@@ -21,9 +21,9 @@ EXACT = {"atol": 1e-10, "rtol": 0.0}
 
 @pytest.fixture
 def joint(vocabulary, make_rows):
-    return corrupt(
-        make_rows(), vocabulary, generator=torch.Generator().manual_seed(0), max_noisy=80
-    )
+    rows = make_rows()
+    generators = [torch.Generator().manual_seed(0)] * len(rows.ids)
+    return corrupt(rows, vocabulary, generators=generators, max_noisy=80)
 
 
 def test_every_block_is_a_slot_and_noisy_codes_at_the_positions_of_its_clean_copy(
@@ -48,7 +48,12 @@ def test_every_block_is_a_slot_and_noisy_codes_at_the_positions_of_its_clean_cop
 
 def test_about_t_of_the_codes_is_kept_and_no_dead_code_appears(vocabulary, make_document):
     rows = Rows.pack([[make_document(0)] for _ in range(400)], 60, 0)
-    joint = corrupt(rows, vocabulary, generator=torch.Generator().manual_seed(0), max_noisy=50)
+    joint = corrupt(
+        rows,
+        vocabulary,
+        generators=[torch.Generator().manual_seed(0)] * len(rows.ids),
+        max_noisy=50,
+    )
     noisy, labels = joint.ids[:, joint.num_clean + 1 :], joint.labels[:, joint.num_clean : -1]
     inside = labels >= 0
     for modality in MEDIA:
@@ -66,10 +71,12 @@ def test_about_t_of_the_codes_is_kept_and_no_dead_code_appears(vocabulary, make_
 
 def test_the_budget_bounds_the_noisy_part_and_conditions_get_no_copy(vocabulary, make_rows):
     rows, generator = make_rows(), torch.Generator().manual_seed(0)
-    joint = corrupt(rows, vocabulary, generator=generator, max_noisy=12)
+    joint = corrupt(rows, vocabulary, generators=[generator] * len(rows.ids), max_noisy=12)
     assert 4 < joint.ids.shape[1] - joint.num_clean <= 12
     rows.loss_weight[:] = 0
-    assert corrupt(rows, vocabulary, generator=generator, max_noisy=12).ids.shape == (2, 100)
+    assert corrupt(
+        rows, vocabulary, generators=[generator] * len(rows.ids), max_noisy=12
+    ).ids.shape == (2, 101)
 
 
 def test_clean_ids_are_computed_as_without_noisy_copies(make_model, make_rows, joint):
@@ -131,7 +138,12 @@ def test_a_noisy_training_block_equals_a_cached_prefix_and_a_block_pass(
 ):
     model, document = make_model(), make_document(0)
     rows = Rows.pack([[document]], 60, 0)
-    joint = corrupt(rows, vocabulary, generator=torch.Generator().manual_seed(0), max_noisy=60)
+    joint = corrupt(
+        rows,
+        vocabulary,
+        generators=[torch.Generator().manual_seed(0)] * len(rows.ids),
+        max_noisy=60,
+    )
     hidden = joint_forward(model, joint)
     for number in range(5):
         places = (joint.block[0] == number).nonzero().flatten()

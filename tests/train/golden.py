@@ -1,6 +1,6 @@
 """Three steps of a small model as one rank of several, by every layout that so many ranks can have.
 
-`python golden.py RECIPE OUT LAYOUTS.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each:
+`python golden.py RECIPE OUT CASES.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each:
 losses and the gradients of the first step, whole, and which media each rank saw.
 """
 
@@ -15,18 +15,33 @@ from forked import fork, joined
 
 from mmpt.config import load_recipe
 from mmpt.model.collectives import whole
-from mmpt.train.loop import pretrainer
+from mmpt.model.transformer import Decoder
+from mmpt.train.adapt import adapter
+from mmpt.train.loop import Trainer, pretrainer
 from mmpt.train.parallel import ParallelConfig
-from mmpt.train.recipe import TrainRecipe
+from mmpt.train.recipe import AdaptRecipe, TrainRecipe
 from mmpt.vocab import Vocabulary
 
 STEPS = 3
+SHARED = ("data", "steps", "vocabulary", "optim", "loss_weights", "accumulate", "seed", "parallel")
+
+
+def open_run(recipe: TrainRecipe, folder: Path, kind: str) -> Trainer:
+    """Pretraining, or one of the two kinds of adaptation."""
+    vocabulary = Vocabulary.load(recipe.vocabulary)
+    if kind in ("sgd", "adamw"):
+        return pretrainer(recipe, folder, vocabulary=vocabulary)
+    shared = {name: getattr(recipe, name) for name in SHARED}
+    weight = 0.5 if kind == "joint" else 0.0
+    start = str(folder.parent / "model")
+    adapting = AdaptRecipe(**shared, start=start, max_noisy=24, autoregressive=weight)
+    return adapter(adapting, folder, vocabulary=vocabulary)
 
 
 def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, object]:
     """What they gave."""
-    trainer = pretrainer(recipe, folder, vocabulary=Vocabulary.load(recipe.vocabulary))
-    if kind == "sgd":
+    trainer = open_run(recipe, folder, kind)
+    if kind != "adamw":
         trainer.optimizer = torch.optim.SGD(
             [{"params": trainer.model.parameters()}], lr=1.0, foreach=False
         )
@@ -35,6 +50,8 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
     def keep(*_: object) -> None:
         if not gradients:
             for name, parameter in trainer.model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 assert parameter.grad is not None, name
                 gradients[name] = whole(parameter.grad).clone()
 
@@ -42,14 +59,17 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
     media, losses, norms = [], [], []
     prepare = trainer.objective.prepare
 
-    def prepare_and_note(rows, generator):
+    def prepare_and_note(rows, generators):
         media.append(sorted(set(rows.modality[rows.document >= 0].tolist())))
-        return prepare(rows, generator)
+        return prepare(rows, generators)
 
     trainer.objective.prepare = prepare_and_note
     for _ in range(STEPS):
         row = trainer.step()
-        losses.append([row["loss"], *(medium["loss"] for medium in row["modality"].values())])
+        media_losses = (
+            row["modality"] | {f"noisy {m}": v for m, v in row["noisy"].items()}
+        ).values()
+        losses.append([row["loss"], *(medium["loss"] for medium in media_losses)])
         norms.append(row["grad_norm"])
     weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     trainer.loader.close()
@@ -64,12 +84,17 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
 
 
 def run(
-    rank: int, count: int, layouts: dict[str, dict[str, Any]], recipe: TrainRecipe, out: Path
+    rank: int,
+    count: int,
+    layouts: dict[str, dict[str, Any]],
+    kinds: list[str],
+    recipe: TrainRecipe,
+    out: Path,
 ) -> None:
     """All layouts of `count` ranks, as one of them."""
     with joined(rank, count):
         for name, layout in layouts.items():
-            for kind in ("sgd", "adamw"):
+            for kind in kinds:
                 laid_out = replace(recipe, parallel=ParallelConfig(**layout))
                 result = three_steps(laid_out, out / f"{name}-{count}-{kind}", kind)
                 torch.save(result, out / f"{name}-{count}-{kind}-{rank}.pt")
@@ -77,8 +102,10 @@ def run(
 
 def main() -> None:
     recipe, out = load_recipe(TrainRecipe, sys.argv[1]), Path(sys.argv[2])
-    for count, layouts in json.loads(Path(sys.argv[3]).read_text()).items():
-        fork(run, int(count), layouts, recipe, out)
+    cases = json.loads(Path(sys.argv[3]).read_text())
+    Decoder.from_config(recipe.model, seed=recipe.seed).save(out / "model")
+    for count, layouts in cases["layouts"].items():
+        fork(run, int(count), layouts, cases["kinds"], recipe, out)
 
 
 if __name__ == "__main__":

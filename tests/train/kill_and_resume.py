@@ -34,7 +34,7 @@ def open_run(recipe: TrainRecipe, folder: Path) -> Trainer:
     path = folder / f"rows-{ranks.count}-{ranks.rank}.jsonl"
     path.unlink(missing_ok=True)
 
-    def prepare_and_note(rows, generator):
+    def prepare_and_note(rows, generators):
         fields = (rows.ids, rows.modality, rows.document, rows.position, rows.loss_weight)
         sums = [
             zlib.crc32(b"".join(f.numpy().tobytes() for f in row))
@@ -42,7 +42,7 @@ def open_run(recipe: TrainRecipe, folder: Path) -> Trainer:
         ]
         with path.open("a") as file:
             file.write(json.dumps({"step": trainer.counters.step, "rows": sums}) + "\n")
-        return prepare(rows, generator)
+        return prepare(rows, generators)
 
     trainer.objective.prepare = prepare_and_note
     return trainer

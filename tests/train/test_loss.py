@@ -34,7 +34,7 @@ def gradients(model):
 
 def step_gradients(model, objective, batches):
     model.zero_grad()
-    prepared = [objective.prepare(rows, torch.Generator()) for rows in batches]
+    prepared = [objective.prepare(rows, generators(rows)) for rows in batches]
     weight = sum(float(batch.weight.sum(dtype=torch.float64)) for batch in prepared)
     total = 0.0
     for batch in prepared:
@@ -54,6 +54,10 @@ def pick(rows, numbers):
         rows.loss_weight[numbers],
         rows.spans[:0],
     )
+
+
+def generators(rows):
+    return [torch.Generator().manual_seed(number) for number in range(len(rows.ids))]
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
@@ -91,14 +95,14 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_do():
 def test_no_positions_give_zero(model, rows):
     rows.loss_weight.zero_()
     objective = NextToken()
-    losses = objective.losses(model, objective.prepare(rows, torch.Generator()))
+    losses = objective.losses(model, objective.prepare(rows, generators(rows)))
     assert losses.total.item() == 0
     losses.total.backward()
 
 
 def test_the_loss_is_that_of_every_document_alone(model, rows, vocabulary):
     objective = NextToken()
-    packed = objective.losses(model, objective.prepare(rows, torch.Generator()))
+    packed = objective.losses(model, objective.prepare(rows, generators(rows)))
     total, count = 0.0, 0
     for row in range(len(rows.ids)):
         for number in range(int(rows.document[row].max()) + 1):
@@ -116,7 +120,7 @@ def test_the_loss_is_that_of_every_document_alone(model, rows, vocabulary):
 
 def test_sums_by_modality_are_those_of_the_predicted_ids(model, rows):
     objective = NextToken()
-    losses = objective.losses(model, objective.prepare(rows, torch.Generator()))
+    losses = objective.losses(model, objective.prepare(rows, generators(rows)))
     assert losses.counts[Modality.IMAGE] == (rows.modality == Modality.IMAGE).sum()
     assert losses.counts[Modality.SPEECH] == (rows.modality == Modality.SPEECH).sum()
     assert losses.counts[Modality.VIDEO] == 0
@@ -137,10 +141,10 @@ def test_weights_by_modality_count(model, rows):
     def only(name):
         weights = dict.fromkeys(("text", "image", "video", "speech"), 0.0) | {name: 1.0}
         objective = NextToken(weights)
-        return objective.losses(model, objective.prepare(rows, torch.Generator()))
+        return objective.losses(model, objective.prepare(rows, generators(rows)))
 
     everything = NextToken()
-    whole = everything.losses(model, everything.prepare(rows, torch.Generator()))
+    whole = everything.losses(model, everything.prepare(rows, generators(rows)))
     parts = [only(name) for name in ("text", "image", "video", "speech")]
     assert sum(part.total for part in parts).item() == pytest.approx(whole.total.item())
     for modality, part in zip(Modality, parts, strict=True):

@@ -35,6 +35,8 @@ LAYOUTS = {
         "tensor": {"tensor": 2},
     },
 }
+# of the difference of losses: pretraining by two optimisers, denoising, and both in one step
+LIMITS = {"sgd": 1e-6, "adamw": 1e-5, "denoise": 1e-6, "joint": 1e-6}
 CASES = [(name, count) for count, layouts in LAYOUTS.items() for name in layouts]
 
 
@@ -112,21 +114,21 @@ def recipe_file(tmp_path_factory):
 def golden(recipe_file, run_script):
     """What 1, 2 and 4 ranks gave: (layout, ranks, optimiser) -> the results of the ranks."""
     folder = recipe_file.parent
-    (folder / "layouts.json").write_text(json.dumps(LAYOUTS))
-    run_script("golden.py", recipe_file, folder, folder / "layouts.json")
+    (folder / "cases.json").write_text(json.dumps({"layouts": LAYOUTS, "kinds": list(LIMITS)}))
+    run_script("golden.py", recipe_file, folder, folder / "cases.json")
     return {
         (name, count, kind): [
             torch.load(folder / f"{name}-{count}-{kind}-{rank}.pt", weights_only=True)
             for rank in range(count)
         ]
         for count, layouts in LAYOUTS.items()
-        for name, kind in product(layouts, ("sgd", "adamw"))
+        for name, kind in product(layouts, LIMITS)
     }
 
 
 @pytest.mark.parametrize(("name", "count"), CASES)
 def test_gradients_and_losses_are_those_of_one_process(golden, name, count):
-    for kind, limit in (("sgd", 1e-6), ("adamw", 1e-5)):
+    for kind, limit in LIMITS.items():
         [one] = golden["one", 1, kind]
         for rank in golden[name, count, kind]:
             assert rank["gradients"].keys() == one["gradients"].keys()

@@ -5,7 +5,7 @@ that stays is held out, and no near-duplicate of it is trained on.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def compare_documents(tasks: Sequence[Task], path: Path, recipe: CurateRecipe) -
     write_atomic(path, buffer.getvalue().to_pybytes())
 
 
-def picture_edges(base: Any, bits: int) -> dict[str, np.ndarray]:
+def picture_edges(base: Any, bits: int) -> Mapping[str, Any]:
     """Pairs a < b of the table `hashes` that differ in at most so many bits."""
     return base.execute(PICTURE_EDGES, [bits, max(2, bits + 1)]).fetchnumpy()
 
@@ -117,7 +117,7 @@ def _count(base: Any, table: str) -> int:
     return base.table(table).shape[0]
 
 
-def _clusters(edges: dict[str, np.ndarray], count: int) -> Any:
+def _clusters(edges: Mapping[str, Any], count: int) -> Any:
     """Each of `count` members with the smallest of its cluster, as a pyarrow table."""
     import pyarrow as pa
     from scipy.sparse import coo_array

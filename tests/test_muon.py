@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps for kernels, Adam's for all else, and a state that can be saved."""
+"""Muon: orthogonal steps for matrices, Adam's for all else, and a state that can be saved."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmpt.tokenizers.muon import Muon, orthogonal
+from mmpt.muon import Matrices, Muon, orthogonal
 
 
 def small_network() -> nn.Module:
@@ -83,3 +83,63 @@ def test_a_saved_state_goes_on_bit_equal() -> None:
     take_steps(parts, after, range(3, 6))
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def step_of_one_kernel(kernel: torch.Tensor, mean: torch.Tensor, lr: float) -> None:
+    """The arithmetic that the shipped codecs were trained with, operation by operation."""
+    assert kernel.grad is not None
+    mean.lerp_(kernel.grad, 1 - 0.9)
+    matrix = kernel.grad.lerp(mean, 0.9).flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / (x.norm() + 1e-9)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    change = (x if wide else x.T).mul(0.2 * max(matrix.shape) ** 0.5)
+    kernel.mul_(1 - lr * 0.1).add_(change.view_as(kernel), alpha=-lr)
+
+
+def test_codecs_train_bit_equal_to_before() -> None:
+    ours, theirs = small_network(), small_network()
+    optimizer = Muon(ours.parameters(), lr=0.01, weight_decay=0.1)
+    means = [torch.zeros_like(kernel) for kernel in theirs.parameters()]
+    for step in range(4):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            generator = torch.Generator().manual_seed(step)
+            one.grad = other.grad = torch.randn(one.shape, generator=generator)
+        optimizer.step()
+        with torch.no_grad():
+            for kernel, mean in zip(theirs.parameters(), means, strict=True):
+                if kernel.ndim == 4:
+                    step_of_one_kernel(kernel, mean, 0.01)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert one.ndim != 4 or torch.equal(one, other)
+
+
+def change_of(parameter: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+    """What a step of rate 1 adds to a parameter whose gradient is itself."""
+    moved = nn.Parameter(parameter.clone())
+    moved.grad = parameter.clone()
+    Muon([moved], lr=1.0, weight_decay=0.0, matrices={moved: matrices}).step()
+    return moved.detach() - parameter
+
+
+WHOLE = Matrices(lambda matrix: [matrix], lambda parts: parts[0])
+HALVES = Matrices(lambda both: list(both.split(5, -1)), lambda parts: torch.cat(parts, -1))
+
+
+def test_each_expert_of_a_stack_moves_as_if_alone() -> None:
+    stack = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    stack[1] *= 1000  # one expert's large gradient takes nothing from the others
+    together = change_of(stack, WHOLE)
+    for expert, change in zip(stack, together, strict=True):
+        torch.testing.assert_close(change, change_of(expert, WHOLE), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_one_parameter_move_as_if_alone() -> None:
+    stack = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
+    halves = torch.cat([change_of(half, WHOLE) for half in stack.split(5, -1)], -1)
+    together = change_of(stack, HALVES)
+    torch.testing.assert_close(together, halves, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, change_of(stack, WHOLE), rtol=0.01)

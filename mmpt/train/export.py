@@ -1,0 +1,50 @@
+"""A model out of a run: one folder of safetensors and JSON that everything else reads."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmpt.config import UserError
+from mmpt.model.transformer import Decoder
+from mmpt.model.weights import files_of, fingerprint, read_tensors
+from mmpt.train.checkpoint import find_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BESIDE = ("vocabulary.json", "processor.json")
+
+
+def export(
+    run: Path,
+    *,
+    out: Path,
+    average: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+) -> dict[str, Any]:
+    """Write the model of a run or checkpoint as one folder, whatever number of ranks trained it.
+
+    RUN is the --out of a training, one of its checkpoints or a model folder. The folder gets
+    model.safetensors, config.json, vocabulary.json and processor.json; generating, evaluating,
+    adapting and `start` in a recipe read it. --average: the averaged weights, where the recipe had
+    `ema`. --dtype bf16 halves the file.
+    """
+    folder = find_model(run)
+    model = Decoder.load(folder)
+    if average:
+        if not files_of(folder, "average"):
+            raise UserError(f"{folder} has no averaged weights; train with ema = 0.999")
+        model.load_state_dict(read_tensors(folder, "average"), strict=False)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new folder")
+    model.to(DTYPES[dtype]).save(out)
+    for name in BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    return {
+        "model": str(out),
+        "from": str(folder),
+        "fingerprint": fingerprint(out),
+        "parameters": model.num_parameters,
+        "bytes": (out / "model.safetensors").stat().st_size,
+    }
