@@ -446,7 +446,7 @@ class Trainer:
         return losses
 
     def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4), on the host:
+        """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4) on the host:
 
         nats, counts, those two of noisy ids beside them, and `read`.
         """
