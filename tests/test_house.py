@@ -33,9 +33,7 @@ RANKS = (
     ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
-    ("decode", "train"),
-    ("eval", "plan"),
-    ("pipeline",),
+    ("decode", "train", "eval", "plan", "pipeline"),  # a run shows samples while it trains
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

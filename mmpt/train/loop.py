@@ -61,6 +61,7 @@ from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.profile import Profiler
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
 from mmpt.train.routing import Routing
+from mmpt.train.samples import Samples
 from mmpt.train.stall import Pulse, Watch
 from mmpt.train.track import Track, check_installed
 from mmpt.vocab import Modality, Vocabulary
@@ -213,6 +214,7 @@ class Trainer:
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
+        self.samples = self._find_samples()
 
     @property
     def checkpoints(self) -> Path:
@@ -247,6 +249,9 @@ class Trainer:
                 metrics = self.step() | {"dropped": track.dropped}
                 profiler.after(counters.step)
                 track.write(metrics)
+                if self.samples and counters.step % recipe.samples.every == 0:
+                    self.pulse.begin("samples")
+                    self.samples.make(self.model, counters.step)
                 bar.update()
                 bar.set_postfix_str(summary(metrics))
                 if on_step is not None:
@@ -389,6 +394,21 @@ class Trainer:
             first=self.counters.step + 1,
             config=to_dict(self.recipe),
             write=self.ranks.first,
+        )
+
+    def _find_samples(self) -> Samples | None:
+        if not self.recipe.samples.every:
+            return None
+        if self.ranks.count > 1:
+            if self.ranks.first:
+                log.warning("samples are left out: they need the whole model on one process")
+            return None
+        return Samples(
+            self.recipe.samples,
+            self.folder,
+            vocabulary=self.vocabulary,
+            settings=self.processor,
+            step=self.counters.step,
         )
 
     def _watch(self) -> Watch:

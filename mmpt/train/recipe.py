@@ -13,6 +13,7 @@ from mmpt.model.config import ModelConfig
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.samples import SamplesConfig
 from mmpt.train.track import Name
 from mmpt.vocab import Modality, Vocabulary
 
@@ -22,7 +23,7 @@ FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
-    *("keep_every", "parallel.*", "guard.stall", "track", "profile"),
+    *("keep_every", "parallel.*", "guard.stall", "track", "profile", "samples.*"),
 )
 
 
@@ -45,6 +46,7 @@ class RunRecipe:
     max_bad_steps: int = 10  # steps in a row that are skipped, before the run stops
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     device: str = "auto"
     track: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl
     profile: tuple[int, ...] = ()  # the first step that PyTorch's profiler records, and how many
