@@ -24,7 +24,7 @@ OPTIONAL = {
     "ray": "ray",
     "tensorboard": "track",
     "wandb": "track",
-    "trackio": "track",
+    "trackio": "trackio",
     "torchmetrics": "eval",
     "datatrove": "curate",
 }

@@ -124,6 +124,7 @@ class Experts(nn.Module):
     """One group: its router, and the experts that it chooses from."""
 
     load: torch.Tensor
+    scores: torch.Tensor
     balance: torch.Tensor
 
     def __init__(self, config: ModelConfig, group: GroupConfig) -> None:
@@ -137,6 +138,7 @@ class Experts(nn.Module):
             self.register_buffer("balance", torch.zeros(group.num_experts))
         # ids per expert since the last `update_balance`; counted while training only
         self.register_buffer("load", torch.zeros(group.num_experts), persistent=False)
+        self.register_buffer("scores", torch.zeros(group.num_experts), persistent=False)  # summed
 
     def forward(self, x_GD: torch.Tensor) -> torch.Tensor:
         """Also runs on no ids at all while training: absent groups get zero gradients, not None."""
@@ -178,21 +180,28 @@ class Experts(nn.Module):
         exact = torch.promote_types(x_GD.dtype, torch.float32)
         with torch.autocast(x_GD.device.type, enabled=False):
             scores_GE = torch.sigmoid(x_GD.to(exact) @ self.router.to(exact))
+        if self._counts:
+            self.scores += scores_GE.detach().sum(0)
         biased = scores_GE.detach() + self.balance.to(exact)
         chosen_GC = biased.topk(self.num_active, dim=-1, sorted=False).indices
         return scores_GE.gather(1, chosen_GC) * (2 / self.num_active), chosen_GC
 
-    def _count(self, counts: torch.Tensor | int) -> None:
+    @property
+    def _counts(self) -> bool:
         # sampling in a training run does not count, and nothing counts twice
-        if self.training and torch.is_grad_enabled() and not _recomputing:
+        return self.training and torch.is_grad_enabled() and not _recomputing
+
+    def _count(self, counts: torch.Tensor | int) -> None:
+        if self._counts:
             self.load += counts
 
     @torch.no_grad()
     def update_balance(self, rate: float) -> None:
-        """Move the bias against the load since the last call (eq. 3), then forget the load."""
+        """Move the bias against the load since the last call (eq. 3), then count anew."""
         if self.router is not None and self.router.requires_grad:
             self.balance += rate * torch.sign(self.load.mean() - self.load).to(self.balance.dtype)
         self.load.zero_()
+        self.scores.zero_()
 
 
 def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -208,22 +208,20 @@ class Decoder(nn.Module):
             experts.update_balance(rate)
 
     def sum_loads(self, group: ProcessGroup) -> None:
-        """Add up over ranks what `expert_loads` counted on each."""
-        groups = self._groups()
-        loads = torch.cat([experts.load for experts in groups])
-        distributed.all_reduce(loads, group=group)
-        sizes = [len(experts.load) for experts in groups]
-        for experts, load in zip(groups, loads.split(sizes), strict=True):
-            experts.load.copy_(load)
+        """Add up over ranks what `expert_loads` and `router_scores` counted on each."""
+        counted = [each for e in self._groups() for each in (e.load, e.scores)]
+        flat = torch.cat(counted)
+        distributed.all_reduce(flat, group=group)
+        for each, total in zip(counted, flat.split([len(c) for c in counted]), strict=True):
+            each.copy_(total)
 
     def expert_loads(self) -> dict[str, torch.Tensor]:
         """Per group (layers, experts): training ids per expert since the last `update_balance`."""
-        layers = [[e.load for e in layer.experts.experts()] for layer in self._layers()]
-        names = self.config.ordered_groups
-        return {
-            name: torch.stack(loads)
-            for name, loads in zip(names, zip(*layers, strict=True), strict=True)
-        }
+        return self._by_group(lambda experts: experts.load)
+
+    def router_scores(self) -> dict[str, torch.Tensor]:
+        """Per group (layers, experts): sums of the routers' scores, over the same ids."""
+        return self._by_group(lambda experts: experts.scores)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""
@@ -299,6 +297,11 @@ class Decoder(nn.Module):
         """Of a forward pass, with `context` keys seen; a training step takes three times that."""
         attention = 4 * self.config.width * context * self.config.num_layers
         return 2 * self.num_active_parameters(modality, noisy=noisy) + attention
+
+    def _by_group(self, counted: Callable[[Experts], torch.Tensor]) -> dict[str, torch.Tensor]:
+        layers = [[counted(e) for e in layer.experts.experts()] for layer in self._layers()]
+        pairs = zip(self.config.ordered_groups, zip(*layers, strict=True), strict=True)
+        return {name: torch.stack(of_layers) for name, of_layers in pairs}
 
     def _used_by_noisy(self) -> list[tuple[bool, nn.Parameter]]:
         # each parameter, and whether noisy ids alone use it

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ class Checkpoints:
 
     def begin(self, model: Decoder, optimizer: torch.optim.Optimizer, moment: Moment) -> Path:
         """Copy everything to the host, and write it behind the caller's back; see `wait`."""
+        began = time.monotonic()
         self.wait()
         parts = {
             "model": model.state_dict(),
@@ -108,6 +110,7 @@ class Checkpoints:
             target=self._write, args=(path, parts, moment, config), daemon=True
         )
         self._writer.start()
+        self.seconds += time.monotonic() - began
         return path
 
     def wait(self) -> str | None:

@@ -2,30 +2,36 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
 
 class Laps:
-    """Seconds by name since the last lap; on a GPU those of its own work, without waiting for it.
+    """Seconds by name, each until the next begins; on a GPU those of its own work, without waiting.
 
-    What is gathered or sent while a layer computes counts as that layer's time.
+    What is gathered or sent while a layer computes counts as that layer's time. on_begin: hears
+    every name when it begins.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+    def __init__(self, device: torch.device, on_begin: Callable[[str], None] | None = None) -> None:
+        self._gpu, self._on_begin = device.type == "cuda", on_begin
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
-    def lap(self, name: str) -> None:
-        """What happened since the last lap was `name`."""
+    def begin(self, name: str) -> None:
+        """What happens from here on is `name`."""
         self._marks.append((name, self._now()))
+        if self._on_begin is not None:
+            self._on_begin(name)
 
     def seconds(self) -> dict[str, float]:
-        """The sum of the laps of each name; waits for the GPU."""
+        """The sum of the laps of each name until now; waits for the GPU."""
+        marks = [*self._marks, ("", self._now())]
         if self._gpu:
             torch.cuda.synchronize()
         total: dict[str, float] = defaultdict(float)
-        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (name, begin), (_, end) in pairwise(marks):
             total[name] += _between(begin, end)
         return {name: round(value, 4) for name, value in total.items()}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mmpt.config import UserError
+from mmpt.config import UserError, to_dict
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
 from mmpt.eval.during import Evaluation
@@ -39,15 +39,17 @@ from mmpt.train.checkpoint import (
 )
 from mmpt.train.clock import Laps
 from mmpt.train.ema import Average
+from mmpt.train.flops import Flops, count_ids, measure_peak
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
 from mmpt.train.metrics import (
-    Log,
     Metrics,
     by_modality,
     finite_or_none,
     forget_after,
     last_line,
+    shares,
+    speed,
     summary,
 )
 from mmpt.train.optim import (
@@ -57,7 +59,12 @@ from mmpt.train.optim import (
     set_learning_rate,
 )
 from mmpt.train.parallel import Ranks, clip_gradients
+from mmpt.train.profile import Profiler
 from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
+from mmpt.train.routing import Routing
+from mmpt.train.samples import Samples
+from mmpt.train.stall import Pulse, Watch
+from mmpt.train.track import Track, check_installed
 from mmpt.vocab import Modality, Vocabulary
 
 log = logging.getLogger(__name__)
@@ -71,6 +78,7 @@ class Counters:
     tokens: int = 0  # ids read, without padding
     seconds: float = 0.0  # spent in steps
     bad_steps: int = 0  # that were skipped
+    flops: dict[str, int] = field(default_factory=dict)  # by medium, see `Flops`
 
 
 @dataclass
@@ -179,6 +187,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.vocabulary = recipe, Path(run), vocabulary
         self.objective = objective
+        check_installed(recipe.track)
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
         self.model = self._build(build, initialise).train()
@@ -193,15 +202,20 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.counters, self.guard = Counters(), Guard(recipe.guard)
+        self.flops, self.routing = Flops(self.model), Routing()
+        self.pulse = Pulse()
+        self.peak: float | None = None  # operations a second of all ranks, once a run has begun
         self.saved = Checkpoints(
             self.checkpoints,
             keep=recipe.keep,
             keep_every=recipe.keep_every,
             device=self.device.type,
         )
+        self._waited = 0.0  # seconds for checkpoints that rows have told of
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
+        self.samples = self._find_samples()
         self.evaluation: Evaluation | None = None
         if recipe.evaluate.every:
             self.evaluation = Evaluation(
@@ -230,20 +244,28 @@ class Trainer:
     ) -> TrainResult:
         """Train until the recipe's last step, or until asked to stop."""
         recipe, counters = self.recipe, self.counters
-        path = self.folder / "metrics.jsonl"
-        metrics = last_line(path)
+        self.peak = self._measure_peak()
+        metrics = last_line(self.folder / "metrics.jsonl")
         last = latest(self.checkpoints) if counters.step else None
         progress = progress and self.ranks.first
         with (
             closing(self),
-            Log(path if self.ranks.first else None) as sink,
+            self._track() as track,
+            self._watch(),
+            Profiler(self.folder, recipe.profile, rank=self.ranks.rank) as profiler,
             StopRequest() as stop,
             _bar(recipe, counters, progress) as bar,
         ):
             while counters.step < recipe.steps and not self._stops(stop):
-                metrics = self.step()
-                sink.write(metrics)
+                profiler.before(counters.step + 1)
+                metrics = self.step() | {"dropped": track.dropped}
+                profiler.after(counters.step)
+                track.write(metrics)
+                if self.samples and counters.step % recipe.samples.every == 0:
+                    self.pulse.begin("samples")
+                    self.samples.make(self.model, counters.step)
                 if self.evaluation is not None:
+                    self.pulse.begin("evaluation")
                     last_step = counters.step == recipe.steps
                     self.evaluation.after(
                         counters.step, counters.tokens, self.model, last=last_step
@@ -271,40 +293,53 @@ class Trainer:
     def step(self) -> Metrics:
         """One update from `accumulate` batches; skipped when anything in it is bad."""
         start, counters = time.monotonic(), self.counters
-        laps = Laps(self.device)
-        batches, num_tokens = self._read()
-        laps.lap("data")
+        self.pulse.step = counters.step + 1
+        laps = Laps(self.device, self.pulse.begin)
+        laps.begin("data")
+        batches, read = self._read()
+        laps.begin("ranks")
         rate = learning_rate(counters.step, self.recipe.steps, self.recipe.optim)
         weight = math.fsum(float(batch.weight.sum(dtype=torch.float64)) for batch in batches)
         weight = self.ranks.sum(torch.tensor(weight, dtype=torch.float64)).item()
-        laps.lap("ranks")
         losses = [self._backward(batch, weight, laps) for batch in batches] if weight else []
+        laps.begin("ranks")
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
-        total, num_tokens, nats, counts, noisy = self._sum(losses, num_tokens)
+        total, sums = self._sum(losses, read)
+        nats, counts, *noisy = sums[:4].tolist()
+        read = sums[4:]
         self.ranks.sum_loads(self.model)
-        laps.lap("ranks")
+        laps.begin("optimizer")
         loss = total / (weight or 1.0)
         reason = self._judge(loss, norm, nats, counts)
-        loads = self._update(rate if losses and not reason else 0.0)
-        laps.lap("optimizer")
+        loads, routing = self._update(rate if losses and not reason else 0.0)
+        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts, noisy[1])
         counters.step += 1
         counters.tokens += num_tokens
+        for name, number in flops.items():
+            counters.flops[name] = counters.flops.get(name, 0) + number
         counters.bad_steps += reason is not None
         counters.seconds += time.monotonic() - start
         self._stop_if_hopeless(reason, rate)
+        seconds = time.monotonic() - start
+        waited, self._waited = self.saved.seconds - self._waited, self.saved.seconds
         return {
             "step": counters.step,
             "seconds": round(counters.seconds, 3),
             "tokens": counters.tokens,
             "step_tokens": num_tokens,
-            "step_seconds": round(time.monotonic() - start, 4),
-            "laps": laps.seconds(),
+            "step_seconds": round(seconds, 4),
+            "laps": laps.seconds() | {"checkpoint": round(waited, 4)},
+            "speed": speed(num_tokens, sum(flops.values()), seconds, self.peak),
             "lr": rate,
             "grad_norm": finite_or_none(norm),
             "loss": finite_or_none(loss),
             "modality": by_modality(nats, counts),
-            "noisy": by_modality(*noisy),
+            "noisy": by_modality(noisy[0], noisy[1]),
+            "share": shares(read[0].tolist()),
+            "step_flops": flops,
+            "flops": dict(counters.flops),
             "load": loads,
+            "router": routing,
             "sources": {name: round(share, 4) for name, share in self.loader.mix().items()},
             "bad_steps": counters.bad_steps,
             "skipped": reason,
@@ -318,15 +353,21 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
+        self.pulse.begin("checkpoint")
         return self.saved.save(self.model, self.optimizer, self._moment())
 
     def _begin_save(self) -> Path:
+        self.pulse.begin("checkpoint")
         return self.saved.begin(self.model, self.optimizer, self._moment())
 
     def _moment(self) -> Moment:
         return Moment(
             step=self.counters.step,
-            state={"counters": asdict(self.counters), "guard": self.guard.state_dict()},
+            state={
+                "counters": asdict(self.counters),
+                "guard": self.guard.state_dict(),
+                "routing": self.routing.state_dict(),
+            },
             loader=self.loader.state_dict(),
             vocabulary=self.vocabulary,
             processor=self.processor,
@@ -360,8 +401,47 @@ class Trainer:
             self.loader.load_state_dict(state["loader"])
             if "guard" in state:  # which older ones have not
                 self.guard.load_state_dict(state["guard"])
+            self.routing.load_state_dict(state.get("routing", {}))
         if self.ranks.first:
             forget_after(self.folder / "metrics.jsonl", self.counters.step)
+
+    def _track(self) -> Track:
+        return Track(
+            self.folder,
+            self.recipe.track,
+            first=self.counters.step + 1,
+            config=to_dict(self.recipe),
+            write=self.ranks.first,
+        )
+
+    def _find_samples(self) -> Samples | None:
+        if not self.recipe.samples.every:
+            return None
+        if self.ranks.count > 1:
+            if self.ranks.first:
+                log.warning("samples are left out: they need the whole model on one process")
+            return None
+        return Samples(
+            self.recipe.samples,
+            self.folder,
+            vocabulary=self.vocabulary,
+            settings=self.processor,
+            step=self.counters.step,
+        )
+
+    def _watch(self) -> Watch:
+        return Watch(
+            self.folder / "alive",
+            self.pulse,
+            rank=self.ranks.rank,
+            count=self.ranks.count,
+            seconds=self.recipe.guard.stall,
+        )
+
+    def _measure_peak(self) -> float:
+        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
+        peak = torch.tensor(measure_peak(self.device, dtype), dtype=torch.float64)
+        return self.ranks.sum(peak).item() * self.recipe.parallel.tensor
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop; all must know after the same step."""
@@ -369,11 +449,11 @@ class Trainer:
             return stop.asked
         return bool(self.ranks.sum(torch.tensor(float(stop.asked))).item())
 
-    def _read(self) -> tuple[list[Any], int]:
-        """Batches of this rank on its device, and how many ids they have."""
+    def _read(self) -> tuple[list[Any], torch.Tensor]:
+        """Batches of this rank on its device, and what `count_ids` says of them."""
         rows = list(islice(self.loader, self.recipe.accumulate))
-        num_tokens = sum(int((each.document >= 0).sum()) for each in rows)
-        if not self.ranks.sum(torch.tensor(float(num_tokens))).item():
+        read = count_ids(rows)
+        if not self.ranks.sum(read[0].sum()).item():
             raise UserError(
                 f"the data ended after step {self.counters.step} of {self.recipe.steps}, which is "
                 f"saved at {self.save()}: every source was read as often as its max_epochs says; "
@@ -385,7 +465,7 @@ class Trainer:
             self.objective.prepare(each, self._generators(number, len(each.ids)))
             for number, each in enumerate(rows)
         ]
-        return [batch.to(self.device) for batch in batches], num_tokens
+        return [batch.to(self.device) for batch in batches], read
 
     def _generators(self, batch: int, rows: int) -> list[torch.Generator]:
         """One for each of this rank's rows of a batch, by its number among those of all ranks."""
@@ -396,24 +476,25 @@ class Trainer:
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
         enabled = self.recipe.precision == "bf16"
+        laps.begin("forward")
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = self.objective.losses(self.model, batch)
-        laps.lap("forward")
+        laps.begin("backward")
         (losses.total / weight).backward()
-        laps.lap("backward")
         return losses
 
-    def _sum(
-        self, losses: Sequence[Losses], num_tokens: int
-    ) -> tuple[float, int, list[float], list[float], tuple[list[float], list[float]]]:
-        """Of all batches and ranks: weighted loss, ids, nats and counts by modality, noisy ones."""
-        sums = torch.zeros(5, len(Modality), dtype=torch.float64, device=self.device)
-        sums[0, 1] = num_tokens
+    def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4) on the host:
+
+        nats, counts, those two of noisy ids beside them, and `read`.
+        """
+        sums = torch.zeros(7, len(Modality), dtype=torch.float64, device=self.device)
         for each in losses:
             sums[0, 0] += each.total.detach()
-            sums[1:] += torch.stack([each.nats, each.counts, *(each.noisy or sums[1:3] * 0)])
-        (total, num, *_), nats, counts, *noisy = self.ranks.sum(sums).tolist()
-        return total, int(num), nats, counts, (noisy[0], noisy[1])
+            sums[1:5] += torch.stack([each.nats, each.counts, *(each.noisy or sums[1:3] * 0)])
+        sums[5:] = read.to(self.device)
+        sums = self.ranks.sum(sums).cpu()
+        return sums[0, 0].item(), sums[1:]
 
     def _judge(
         self, loss: float, norm: float, nats: Sequence[float], counts: Sequence[float]
@@ -424,9 +505,12 @@ class Trainer:
             log.warning("step %d is skipped: %s", self.counters.step + 1, reason)
         return reason
 
-    def _update(self, rate: float) -> dict[str, list[list[int]]]:
-        """Apply the gradients unless the rate is 0; returns the experts' loads of this step."""
-        loads = {name: load.int().tolist() for name, load in self.model.expert_loads().items()}
+    def _update(self, rate: float) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+        """Apply the gradients unless the rate is 0; returns what experts and routers did."""
+        loads, scores = (
+            {name: each.cpu() for name, each in counted.items()}
+            for counted in (self.model.expert_loads(), self.model.router_scores())
+        )
         if rate:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
@@ -436,7 +520,8 @@ class Trainer:
         else:
             self.model.update_balance(0.0)
         self.optimizer.zero_grad()
-        return loads
+        routing = self.routing.look(loads, scores)
+        return {name: load.int().tolist() for name, load in loads.items()}, routing
 
     def _stop_if_hopeless(self, reason: str | None, rate: float) -> None:
         if self.guard.in_a_row >= self.recipe.max_bad_steps:

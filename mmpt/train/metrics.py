@@ -1,18 +1,13 @@
 """metrics.jsonl: what a training step says, and how its lines are read and cut off again."""
 
 import json
-import logging
 import math
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mmpt.config import write_atomic
 from mmpt.vocab import Modality
-
-log = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
 
@@ -29,6 +24,18 @@ def by_modality(
         for modality in Modality
         if counts[modality]
     }
+
+
+def shares(ids: Sequence[float]) -> dict[str, float]:
+    """The part of each medium in the ids that were read; those that had any."""
+    total = sum(ids)
+    return {m.name.lower(): round(ids[m] / total, 4) for m in Modality if ids[m]}
+
+
+def speed(ids: int, flops: int, seconds: float, peak: float | None) -> dict[str, float]:
+    """Ids and operations a second, and their part of the measured peak where there is one."""
+    rates = {"ids": round(ids / seconds, 1), "flops": round(flops / seconds)}
+    return rates | ({"peak": round(peak), "mfu": round(flops / seconds / peak, 4)} if peak else {})
 
 
 def finite_or_none(value: float) -> float | None:
@@ -61,45 +68,6 @@ def _parse(line: str) -> tuple[int, str]:
         return int(json.loads(line)["step"]), line
     except (KeyError, TypeError, ValueError):
         return 0, line
-
-
-class Log:
-    """Appends metrics to a file and never fails: what cannot be written is kept and tried again.
-
-    path: None writes nothing.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._waiting = path, ""
-        self.failed = 0  # times that writing failed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._flush()
-
-    def write(self, metrics: Metrics) -> None:
-        """One line."""
-        self._waiting += json.dumps(metrics) + "\n"
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._path is None:
-            self._waiting = ""
-            return
-        whole = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("ab") as file:
-                file.write(self._waiting.encode())
-        except OSError as error:
-            if not self.failed:
-                log.error("cannot write %s (%s); training goes on", self._path, error.strerror)
-            self.failed += 1
-            with suppress(OSError):
-                os.truncate(self._path, whole)  # of half a line
-        else:
-            self._waiting = ""
 
 
 def last_line(path: Path) -> Metrics:

@@ -14,6 +14,8 @@ from mmpt.model.config import ModelConfig
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.samples import SamplesConfig
+from mmpt.train.track import Name
 from mmpt.vocab import Modality, Vocabulary
 
 # what may change when a run goes on: it moves no weight. Folders may be moved; what they hold is
@@ -23,6 +25,7 @@ FREE = (
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
     *("keep_every", "parallel.*", "guard.stall", "evaluate.*"),
+    *("track", "profile", "samples.*"),
 )
 
 
@@ -46,12 +49,17 @@ class RunRecipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     device: str = "auto"
+    track: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl
+    profile: tuple[int, ...] = ()  # the first step that PyTorch's profiler records, and how many
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use at least 1")
+        if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise UserError(f"profile = {list(self.profile)}; use [first step, number of steps]")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema = {self.ema}; use 0 for no average, or less than 1")
         known = [modality.name.lower() for modality in Modality]

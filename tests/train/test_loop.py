@@ -33,7 +33,7 @@ def lines(folder, *, timed=False):
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not timed:
         for line in kept:
-            for key in ("seconds", "laps", "step_seconds"):
+            for key in ("seconds", "laps", "step_seconds", "speed"):
                 del line[key]
     return kept
 
@@ -120,8 +120,23 @@ def test_metrics_say_what_was_learned_from(tmp_path, run, another):
     counted = sum(values["tokens"] for values in first["modality"].values())
     assert first["loss"] == pytest.approx(total / counted, rel=1e-5)
     assert counted < first["step_tokens"] <= 2 * 64
+    assert sum(first["share"].values()) == pytest.approx(1, abs=1e-3)
+    for name, total in last["flops"].items():
+        assert total == sum(row["step_flops"].get(name, 0) for row in lines(tmp_path / "run"))
+    assert 0 < last["speed"]["mfu"] < 1
+    assert last["speed"]["ids"] == pytest.approx(
+        last["step_tokens"] / last["step_seconds"], rel=0.1
+    )
     for group, load in first["load"].items():
         assert len(load) == 2, group  # layers
+    for group in ("text", "visual"):
+        for name in ("entropy", "imbalance", "dead"):
+            assert len(last["router"][group][name]) == 2  # layers
+    assert set(last["laps"]) == {"data", "ranks", "forward", "backward", "optimizer", "checkpoint"}
+    waited = [
+        row["step"] for row in lines(tmp_path / "run", timed=True) if row["laps"]["checkpoint"]
+    ]
+    assert waited == [5 + 4 * n for n in range(14)]  # told after each that was begun
     assert sum(sum(sum(load) for load in loads) for loads in first["load"].values()) == (
         2 * first["step_tokens"]
     )
