@@ -111,6 +111,16 @@ VERBS = {
         "held-out likelihood of a model by modality, beside baselines",
         "runs/quickstart/model --tokens runs/quickstart/tokens",
     ),
+    "report": (
+        "mmpt.eval.training:report_command",
+        "show and compare training runs on one page",
+        "runs/tiny runs/other --out report.html",
+    ),
+    "scaling": (
+        "mmpt.eval.scaling:scaling_command",
+        "fit held-out losses of runs to their compute, and predict a larger run",
+        "runs/s runs/m runs/l runs/xl --out scaling.html --json",
+    ),
     "bench": (
         "mmpt.bench:bench",
         "measure a part side by side with others",

@@ -33,7 +33,8 @@ RANKS = (
     ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
-    ("decode", "train", "eval", "plan", "pipeline"),  # a run shows samples while it trains
+    # a run is evaluated, and shows samples, while it trains
+    ("decode", "train", "eval", "plan", "pipeline"),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

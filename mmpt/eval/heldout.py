@@ -26,16 +26,14 @@ from mmpt.eval.likelihood import (
     paired_interval,
     position_unigram,
     previous_frame,
-    token_nats,
     unigram,
 )
+from mmpt.eval.passes import Passes
 from mmpt.model.transformer import Decoder
-from mmpt.stream import Rows, Stream
-from mmpt.train.adapt import find_model
+from mmpt.stream import Stream
 from mmpt.vocab import Modality, Vocabulary
 
 LENGTH = 512  # ids of a row; longer pages are cut as in training
-BATCH = 16
 OTHERS = 4  # wrong conditions of a document, averaged: one alone may be near or far by chance
 BASELINES = {
     Modality.TEXT: ("bigram", bigram),
@@ -53,6 +51,8 @@ def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
     it; documents are split by their base key. shuffled_minus_right is [low, mean, high], a 95%
     bootstrap over base keys.
     """
+    from mmpt.train.adapt import find_model  # which evaluates while it trains
+
     vocabulary = Vocabulary.load(Path(tokens) / "vocabulary.json")
     decoder = Decoder.load(find_model(model), vocabulary=vocabulary).eval()
     shards = open_shards([Path(tokens)], vocabulary)
@@ -89,7 +89,8 @@ def evaluate_modality(
     seen, held = streams(train), streams(heldout)
     counted = [stream.loss_weight > 0 for stream in held]
     tokens = int(sum(mask.sum() for mask in counted))
-    ours = _sums(model, held, vocabulary)
+    passes = Passes(model, vocabulary)
+    ours = passes.nats([stream.told for stream in held])
     name, baseline = BASELINES[modality]
     row = {
         "tokens": tokens,
@@ -98,7 +99,7 @@ def evaluate_modality(
         "baseline_nats": _mean(baseline(seen, held, vocabulary, modality), counted),
     }
     row = {key: round(value, 4) for key, value in row.items()}
-    return row | {"baseline": name} | _shuffled(model, vocabulary, modality, heldout, separator)
+    return row | {"baseline": name} | _shuffled(passes, vocabulary, modality, heldout, separator)
 
 
 def content_streams(
@@ -125,34 +126,33 @@ def content_streams(
 
 
 class Scored(Stream):
-    """A stream whose `modality` marks what counts; `real_modality` is what the model is told."""
+    """A stream whose `modality` marks what counts; `told` is what the model sees."""
 
     def __init__(self, stream: Stream, counted: np.ndarray, scored: np.ndarray) -> None:
         super().__init__(stream.ids, counted, scored.astype(np.float32), stream.spans)
-        self.real_modality = stream.modality
+        self.told = Stream(stream.ids, stream.modality, scored.astype(np.float32), stream.spans)
 
 
 def _shuffled(
-    model: Decoder,
+    passes: Passes,
     vocabulary: Vocabulary,
     modality: Modality,
     heldout: Sequence[EncodedDocument],
     separator: np.ndarray,
 ) -> dict[str, Any]:
-    def scored(document: EncodedDocument, source: EncodedDocument | None) -> Scored:
-        stream = to_conditioned_stream(
+    def laid_out(document: EncodedDocument, source: EncodedDocument | None) -> Stream:
+        return to_conditioned_stream(
             document, vocabulary, modality, separator=separator, condition_from=source
         )
-        return Scored(stream, stream.modality, stream.loss_weight > 0)
 
     pairs = list(_with_others(heldout, modality))
     if not pairs:
         return {"shuffled_nats": None, "conditioned_nats": None, "shuffled_minus_right": None}
     bases = [document.base for document, _ in pairs]
-    right = [scored(document, None) for document, _ in pairs]
-    wrong = [scored(document, other) for document, others in pairs for other in others]
+    right = [laid_out(document, None) for document, _ in pairs]
+    wrong = [laid_out(document, other) for document, others in pairs for other in others]
     counts = [int(stream.loss_weight.sum()) for stream in right]
-    good, each = _sums(model, right, vocabulary), iter(_sums(model, wrong, vocabulary))
+    good, each = passes.nats(right), iter(passes.nats(wrong))
     bad = [sum(islice(each, len(others))) / len(others) for _, others in pairs]
     # documents of one idea are not independent: the bootstrap draws ideas
     by_base = (_by_base(bases, values) for values in (bad, good, counts))
@@ -190,24 +190,6 @@ def _with_others(
             ]
             if rest:
                 yield document, rest[:OTHERS]
-
-
-def _sums(model: Decoder, streams: Sequence["Scored"], vocabulary: Vocabulary) -> list[float]:
-    """Summed nats of the scored ids of each stream."""
-    order = sorted(range(len(streams)), key=lambda i: len(streams[i]))  # little padding
-    sums = [0.0] * len(streams)
-    pad = vocabulary.structure_id("<pad>")
-    for begin in range(0, len(order), BATCH):
-        chosen = order[begin : begin + BATCH]
-        told = [
-            Stream(s.ids, s.real_modality, s.loss_weight, s.spans)
-            for s in (streams[i] for i in chosen)
-        ]
-        rows = Rows.pack([[s] for s in told], max(len(s) for s in told), pad)
-        nats = token_nats(model, rows).double() * rows.loss_weight
-        for index, total in zip(chosen, nats.sum(1).tolist(), strict=True):
-            sums[index] = total
-    return sums
 
 
 def _mean(nats: Sequence[np.ndarray], counted: Sequence[np.ndarray]) -> float:

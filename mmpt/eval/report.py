@@ -7,13 +7,12 @@ Whatever a run lacks (it was interrupted, a value is NaN) is a dash or one plain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 
 from mmpt.config import write_atomic
 from mmpt.eval.page import sections
-from mmpt.eval.page.sections import NOTHING
 from mmpt.eval.page.verdicts import Row, beats, ratio, verdict
 from mmpt.page.cells import Cell, has_media, output_kind, render_cell, row_width, row_words
+from mmpt.page.document import NOTHING, document, tile
 from mmpt.page.markup import (
     MODALITIES,
     chip,
@@ -27,6 +26,12 @@ from mmpt.page.markup import (
 )
 
 HERO_CARDS = 4
+NOTE = tag(
+    "p",
+    "Per cent: how surprised the model is by held-out ids, beside a model that knows only how "
+    "often each id occurs. Less is better.",
+    class_="note",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +96,8 @@ def render_report(report: Report) -> str:
         "data": ("What it was made from", facts(report.data, label="data")),
         "reproduce": ("Run it again", _again(report)),
     }
-    body = [
-        tag("section", tag("h2", title), content or NOTHING, id=name)
-        for name, (title, content) in chapters.items()
-    ]
-    links = [tag("li", tag("a", name.capitalize(), href=f"#{name}")) for name in chapters]
-    template = Template((Path(__file__).with_name("page") / "report.html").read_text("utf-8"))
-    return template.substitute(
-        title=escape(report.title),
-        lead=_lead(report),
-        figures=_key_figures(report),
-        cards=_hero_cards(report.galleries),
-        links="".join(links),
-        sections="".join(body),
-    )
+    head = _key_figures(report) + NOTE + _hero_cards(report.galleries)
+    return document(report.title, _lead(report), head, chapters)
 
 
 def _lead(report: Report) -> str:
@@ -122,8 +115,8 @@ def _lead(report: Report) -> str:
 def _key_figures(report: Report) -> str:
     tiles = [_modality_tile(name, report.heldout.get(name) or {}) for name in MODALITIES]
     seconds = sum(finite(stage.seconds) or 0.0 for stage in report.stages)
-    tiles.append(_tile("whole job", duration(seconds or None), f"stages: {len(report.stages)}"))
-    tiles.append(_tile("memory, at most", number(report.peak_gib, 1), "GiB"))
+    tiles.append(tile("whole job", duration(seconds or None), f"stages: {len(report.stages)}"))
+    tiles.append(tile("memory, at most", number(report.peak_gib, 1), "GiB"))
     return tag("ul", *tiles, class_="tiles")
 
 
@@ -132,17 +125,7 @@ def _modality_tile(name: str, row: Row) -> str:
     judged = verdict(
         beats(row, "baseline_nats"), yes="ahead of the baseline", no="not ahead of the baseline"
     )
-    return _tile(chip(name), share, "of unigram nats", judged)
-
-
-def _tile(name: str, value: str, unit: str, note: str = "") -> str:
-    return tag(
-        "li",
-        tag("span", name, class_="tile-name"),
-        tag("strong", value),
-        tag("span", unit, class_="tile-unit"),
-        note,
-    )
+    return tile(chip(name), share, "of unigram nats", judged)
 
 
 def _hero_cards(galleries: Sequence[Gallery]) -> str:

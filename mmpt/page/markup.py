@@ -12,7 +12,7 @@ from typing import Any
 DASH = "&#8212;"
 MINUS = "&#8722;"
 MODALITIES = ("text", "image", "video", "speech")
-VOID = {"img", "source", "br"}
+VOID = {"img", "source", "br", "input"}
 # control characters as their pictures: an HTML parser would drop or refuse them
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
@@ -23,7 +23,7 @@ def escape(text: object) -> str:
     return html.escape(shown.encode("utf-8", "replace").decode(), quote=True)
 
 
-def tag(name: str, *children: str, **attributes: object) -> str:
+def tag(name: str, /, *children: str, **attributes: object) -> str:
     """An element around finished HTML; `class_` is class, `stroke_width` is stroke-width."""
     parts = [name]
     for key, value in attributes.items():
@@ -84,9 +84,9 @@ def hue(name: str) -> str:
     return f"c-{name}" if name in MODALITIES else "c-other"
 
 
-def chip(name: str) -> str:
-    """The name of a modality behind a dot of its colour."""
-    return tag("span", tag("i"), escape(name), class_=f"chip {hue(name)}")
+def chip(name: str, colour: str = "") -> str:
+    """A name behind a dot of a colour: that of the modality, unless a class gives another one."""
+    return tag("span", tag("i"), escape(name), class_=f"chip {colour or hue(name)}")
 
 
 def table(

@@ -22,6 +22,7 @@ import torch
 from mmpt.config import UserError, to_dict
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
+from mmpt.eval.during import Evaluation
 from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
@@ -215,6 +216,17 @@ class Trainer:
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
         self.samples = self._find_samples()
+        self.evaluation: Evaluation | None = None
+        if recipe.evaluate.every:
+            self.evaluation = Evaluation(
+                recipe.evaluate,
+                self.folder,
+                vocabulary=vocabulary,
+                encoded=encoded,
+                ranks=self.ranks,
+                step=self.counters.step,
+                bf16=recipe.precision == "bf16",
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -252,6 +264,12 @@ class Trainer:
                 if self.samples and counters.step % recipe.samples.every == 0:
                     self.pulse.begin("samples")
                     self.samples.make(self.model, counters.step)
+                if self.evaluation is not None:
+                    self.pulse.begin("evaluation")
+                    last_step = counters.step == recipe.steps
+                    self.evaluation.after(
+                        counters.step, counters.tokens, self.model, last=last_step
+                    )
                 bar.update()
                 bar.set_postfix_str(summary(metrics))
                 if on_step is not None:

@@ -106,7 +106,7 @@ class Ranks:
         if not distributed.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            _join("nccl" if self.device.type == "cuda" else "gloo")
             self._opened = True
         self.rank = distributed.get_rank()
         self.mesh = init_device_mesh(self.device.type, grid, mesh_dim_names=SIDES)
@@ -213,6 +213,15 @@ class Ranks:
             copies = self.config.replicate > 1
             mesh = self.mesh["replicate", over] if copies else self.mesh[over]
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=_free_side)
+
+
+def _join(backend: str) -> None:
+    """The group of processes that the launcher started."""
+    store, rank, count = next(distributed.rendezvous("env://"))
+    # the store outlives a restart of the processes, with addresses of those that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"attempt-{attempt}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.data.pipeline_source import with_processors
+from mmpt.eval.config import EvaluateConfig
 from mmpt.model.config import ModelConfig
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
@@ -23,7 +24,8 @@ FREE = (
     *("checkpoint_every", "keep", "device", "vocabulary", "start"),
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
-    *("keep_every", "parallel.*", "guard.stall", "track", "profile", "samples.*"),
+    *("keep_every", "parallel.*", "guard.stall", "evaluate.*"),
+    *("track", "profile", "samples.*"),
 )
 
 
@@ -46,6 +48,7 @@ class RunRecipe:
     max_bad_steps: int = 10  # steps in a row that are skipped, before the run stops
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     device: str = "auto"
     track: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl

@@ -1,7 +1,13 @@
 """Every layout of ranks gives what one process gives."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +23,7 @@ from mmpt.train.parallel import ParallelConfig, Ranks, clip_gradients
 from mmpt.train.recipe import TrainRecipe, fit_model
 from mmpt.vocab import Modality, Vocabulary
 
+REPOSITORY = Path(__file__).parents[2]
 LAYOUTS = {
     1: {"one": {}, "full": {"recompute": "full"}, "selective": {"recompute": "selective"}},
     2: {
@@ -186,3 +193,39 @@ def test_one_process_is_no_group():
         assert (ranks.rank, ranks.count, ranks.mesh) == (0, 1, None)
     with pytest.raises(UserError, match="1 processes are no multiple"):
         Ranks(ParallelConfig(tensor=2), "cpu")
+
+
+def test_torchrun_starts_killed_ranks_again(recipe_file, tmp_path):
+    run, log = tmp_path / "run", (tmp_path / "log").open("w")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node=2", "--max-restarts=3", "-m", "mmpt"),
+        *("train", recipe_file, "checkpoint_every=2", "steps=30", "--out", run),
+    ]
+    launcher = subprocess.Popen(
+        command,
+        stderr=log,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        checkpoints = run / "checkpoints"
+        wait_for(lambda: any(checkpoints.glob("step-*[0-9]")) or launcher.poll() is not None)
+        worker = children_of(launcher.pid)[-1]
+        os.kill(worker, signal.SIGKILL)
+        assert launcher.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        launcher.kill()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 31))
+    assert "exitcode: -9" in (tmp_path / "log").read_text()
+
+
+def children_of(pid):
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(happened, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)

@@ -5,13 +5,14 @@ text keeps its size. A modality has one colour everywhere (class c-text and so o
 sheet holds the hues, which stay apart (20 in CIELAB) for every colour blindness in both themes.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmpt.page.markup import DASH, MINUS, escape, finite, hue, number, percent, tag
+from mmpt.page.curves import smooth
+from mmpt.page.frame import Frame, padded, text_at, ticks
+from mmpt.page.markup import DASH, escape, finite, hue, number, percent, tag
 
 MAX_POINTS = 240  # of one drawn line
 DIAMOND = "M0-6L6 0L0 6L-6 0Z"
@@ -38,17 +39,6 @@ class Reference:
     value: float
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high, about `count` of them."""
-    raw = (high - low) / max(count - 1, 1)
-    if not raw > 0:
-        return [low]
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 10) for index in range(first, last + 1)]
-
-
 def likelihood_chart(rows: Sequence[Likelihood]) -> str:
     """Nats as a share of the unigram's, which is the line at 1: further left is better."""
     shares = [_shares(row) for row in rows]
@@ -58,10 +48,10 @@ def likelihood_chart(rows: Sequence[Likelihood]) -> str:
     full = bottom + height * len(rows) + 26
     axis = [
         _guide(_at(value, top), bottom - 4, full - 24, "grid")
-        + _text(_at(value, top), full - 8, percent(value), class_="tick")
+        + text_at(_at(value, top), full - 8, percent(value), class_="tick")
         for value in ticks(0, top, 6)
     ]
-    head = _text(_at(1, top), 14, "unigram", class_="tick strong")
+    head = text_at(_at(1, top), 14, "unigram", class_="tick strong")
     head += _guide(_at(1, top), bottom - 4, full - 24, "unigram")
     drawn = [
         _likelihood_row(row, values, top, bottom + i * height)
@@ -70,8 +60,8 @@ def likelihood_chart(rows: Sequence[Likelihood]) -> str:
     words = ", ".join(
         f"{row.name} {percent(values['ours'])}" for row, values in zip(rows, shares, strict=True)
     ).replace(DASH, "unknown")
-    label = f"Held-out nats per id as a share of the unigram's: {words}"
-    return _svg(full, label, *axis, head, *drawn)
+    words = f"Held-out nats per id as a share of the unigram's: {words}"
+    return _svg(full, words, *axis, head, *drawn)
 
 
 def interval_chart(rows: Mapping[str, tuple[float, float, float]]) -> str:
@@ -84,7 +74,7 @@ def interval_chart(rows: Mapping[str, tuple[float, float, float]]) -> str:
     full = bottom + height * len(rows) + 26
     axis = [
         _guide(_at(value - low, high - low), bottom, full - 24, "unigram" if value == 0 else "grid")
-        + _text(_at(value - low, high - low), full - 8, number(value, 2), class_="tick")
+        + text_at(_at(value - low, high - low), full - 8, number(value, 2), class_="tick")
         for value in ticks(low, high, 6)
     ]
     drawn = []
@@ -98,7 +88,7 @@ def interval_chart(rows: Mapping[str, tuple[float, float, float]]) -> str:
                 tag("text", escape(name), x="0", y=y - 12, class_="name"),
                 tag("line", x1=a, x2=b, y1=y, y2=y, class_="range"),
                 tag("circle", cx=m, cy=y, r=5.5, class_="ours"),
-                _text(m, y + 20, number(mean, 3), class_="value"),
+                text_at(m, y + 20, number(mean, 3), class_="value"),
                 class_=hue(name),
             )
         )
@@ -108,21 +98,21 @@ def interval_chart(rows: Mapping[str, tuple[float, float, float]]) -> str:
 
 def loss_panel(name: str, points: Points, references: Sequence[Reference] = ()) -> str:
     """Loss over steps: every step faint, their moving mean strong, references dashed."""
-    steps, values, smooth = _moving_mean(points)
+    steps, values, mean = _moving_mean(points)
     marks = [each.value for each in references]
-    low, high = _padded(
-        min([float(smooth.min()), *marks]),
-        max([float(np.percentile(values, 99.5)), float(smooth.max()), *marks]),
+    low, high = padded(
+        min([float(mean.min()), *marks]),
+        max([float(np.percentile(values, 99.5)), float(mean.max()), *marks]),
     )
-    frame = _Frame(last=float(steps[-1]), low=low, high=high)
+    frame = Frame(last=float(steps[-1]), low=low, high=high)
     lines = [
         tag("path", d=frame.path(steps, values), class_="raw"),
-        tag("path", d=frame.path(steps, smooth), class_="line"),
-        tag("text", number(smooth[-1]), **frame.beside(float(smooth[-1])), class_="value start"),
+        tag("path", d=frame.path(steps, mean), class_="line"),
+        tag("text", number(mean[-1]), **frame.beside(float(mean[-1])), class_="value start"),
     ]
-    label = f"{name}: loss from {smooth[0]:.2f} to {smooth[-1]:.2f} nats per id"
+    label = f"{name}: loss from {mean[0]:.2f} to {mean[-1]:.2f} nats per id"
     label += "".join(f"; {each.name} {each.value:.2f}" for each in references)
-    recent = [frame.y(value) for value in smooth[-len(smooth) // 3 :]]
+    recent = [frame.y(value) for value in mean[-len(mean) // 3 :]]
     return tag(
         "svg",
         *frame.axes(),
@@ -133,52 +123,6 @@ def loss_panel(name: str, points: Points, references: Sequence[Reference] = ()) 
         aria_label=label,
         class_="panel",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Frame:
-    """The plane of a loss chart: steps 0 to `last`, nats `low` to `high`."""
-
-    last: float
-    low: float
-    high: float
-    width: int = 400
-    height: int = 224
-    left: int = 34
-    right: int = 48
-    top: int = 22
-    bottom: int = 28
-
-    def x(self, step: float) -> float:
-        return self.left + step / (self.last or 1) * (self.width - self.left - self.right)
-
-    def y(self, value: float) -> float:
-        share = (self.high - min(max(value, self.low), self.high)) / (self.high - self.low)
-        return self.top + share * (self.height - self.top - self.bottom)
-
-    def path(self, steps: np.ndarray, values: np.ndarray) -> str:
-        pairs = zip(steps, values, strict=True)
-        return "M" + "L".join(f"{self.x(step):.1f} {self.y(value):.1f}" for step, value in pairs)
-
-    def beside(self, value: float) -> dict[str, str]:
-        """Where a label at the right end of a line stands."""
-        return {"x": str(self.width - self.right + 7), "y": f"{self.y(value) + 4:.1f}"}
-
-    def axes(self) -> list[str]:
-        below = self.height - 8
-        out = [
-            _text(str(self.left - 8), 10, "nats", class_="tick end"),
-            _text(str(self.width), below, "steps", class_="tick end"),
-        ]
-        for value in ticks(self.low, self.high, 6):
-            y = f"{self.y(value):.1f}"
-            ends = {"x1": self.left, "x2": self.width - self.right, "y1": y, "y2": y}
-            out.append(tag("line", **ends, class_="grid"))
-            text = f"{value:g}".replace("-", MINUS)
-            out.append(_text(str(self.left - 8), self.y(value) + 4, text, class_="tick end"))
-        for step in ticks(0, self.last, 5):
-            out.append(_text(f"{self.x(step):.1f}", below, f"{step:,.0f}", class_="tick"))
-        return out
 
 
 def _shares(row: Likelihood) -> dict[str, float | None]:
@@ -201,7 +145,7 @@ def _likelihood_row(
     ours, baseline, shuffled = values["ours"], values["baseline"], values["shuffled"]
     if ours is None:
         return tag(
-            "g", *out, _text("50%", y + 4, "not measured", class_="tick"), class_=hue(row.name)
+            "g", *out, text_at("50%", y + 4, "not measured", class_="tick"), class_=hue(row.name)
         )
     if baseline is not None:
         out.append(
@@ -225,13 +169,9 @@ def _at(value: float, top: float) -> str:
     return f"{2 + 95 * value / top:.2f}%"
 
 
-def _text(x: str, y: float, text: str, *, class_: str) -> str:
-    return tag("text", text, x=x, y=y, class_=class_)
-
-
 def _label(share: float, y: float, text: str, class_: str) -> str:
     side = " start" if share < 0.06 else " end" if share > 0.96 else ""
-    return _text(_at(share, 1), y, text, class_=class_ + side)
+    return text_at(_at(share, 1), y, text, class_=class_ + side)
 
 
 def _guide(x: str, y1: float, y2: float, class_: str) -> str:
@@ -246,30 +186,17 @@ def _mark(x: str, y: float, shape: str) -> str:
     return tag("svg", shape, x=x, y=y, class_="mark")
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    """Limits of an axis a little beyond the values, from 0 when that is not far."""
-    span = max(high - low, 1e-3 * max(abs(high), 1.0))
-    floor = 0.0 if 0 <= low < 0.35 * high else low - 0.08 * span
-    return floor, high + 0.06 * span
-
-
 def _moving_mean(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, values, and their mean over a 4% window weighted by ids, thinned for drawing."""
     data = np.array(points, dtype=float)
     steps, values, weights = data.T
-    half = max(len(steps) // 50, 1)
-    weights = np.maximum(weights, 1e-9)
-    total = np.concatenate([[0.0], np.cumsum(values * weights)])
-    count = np.concatenate([[0.0], np.cumsum(weights)])
-    index = np.arange(len(steps))
-    a, b = np.maximum(index - half, 0), np.minimum(index + half + 1, len(steps))
-    smooth = (total[b] - total[a]) / (count[b] - count[a])
+    mean = smooth(values, weights)
     keep = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
-    return steps[keep], values[keep], smooth[keep]
+    return steps[keep], values[keep], mean[keep]
 
 
 def _reference_lines(
-    references: Sequence[Reference], frame: _Frame, curve: Sequence[float]
+    references: Sequence[Reference], frame: Frame, curve: Sequence[float]
 ) -> list[str]:
     """Dashed lines, each with its name on the side where less is in the way."""
     out, right = [], frame.width - frame.right

@@ -39,9 +39,6 @@ SHARES = ("usage", "exact", "identity", "wer_seen", "wer_unseen")  # shown as pe
 # of a report card, what else a reader wants to see
 MORE = ("wer_seen", "ssim", "log_mel_distance", "stoi", "bits_per_pixel", "bits_per_second")
 MORE += ("exact", "usage", "perplexity", "identity")
-NOTHING = tag(
-    "p", "Nothing was recorded here; the run may have been interrupted.", class_="missing"
-)
 KEY = tag(
     "ul",
     tag("li", tag("i", class_="key-ours"), "this model"),
