@@ -19,8 +19,9 @@ from mmpt.eval.heldout import content_streams
 from mmpt.eval.passes import Passes
 from mmpt.eval.probe import measure_probe
 from mmpt.model.transformer import Decoder
-from mmpt.train.metrics import Log, forget_after
+from mmpt.train.metrics import forget_after
 from mmpt.train.parallel import Ranks
+from mmpt.train.track import Log
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 FILE = "evaluations.jsonl"
