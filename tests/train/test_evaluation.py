@@ -78,7 +78,7 @@ def run(vocabulary):
 def lines(folder, name="evaluations.jsonl"):
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     for row in rows:
-        for key in ("seconds", "laps", "step_seconds"):
+        for key in ("seconds", "laps", "step_seconds", "speed"):
             row.pop(key, None)
     return rows
 
