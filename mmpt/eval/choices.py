@@ -5,6 +5,10 @@ target: k x k log-likelihoods. Row i is right when its own target is its likelie
 ignores what it is given likes the same target best in all rows, and is right in 1 of k, exactly.
 Long or rare targets are unlikely whatever is given, so the judgement is also made beside the mean
 over the rows (the likelihood of a target whatever is given): still 1/k by chance, and sooner above.
+
+Intervals take trials as independent. Random weights, too, may respond to what parts have in common
+(lengths, plain pictures) in either sense: untrained models are at 1/k on average over seeds, and a
+single one may lie somewhat off it. Watch for the rise over training, not for one small excess.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Lines of several runs in one frame, as inline SVG."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -171,13 +170,14 @@ def _drawn(curve: Curve, frame: Frame, points: int) -> list[str]:
 
 
 def _end_values(curves: Sequence[Curve], frame: Frame) -> list[str]:
-    """The last value of each curve beside it; those that would overlap are left to the table."""
+    """The last value of each curve that reaches the right end, unless another one is there."""
     out: list[str] = []
     taken: list[float] = []
     for curve in curves:
         value = float(curve.ys[-1])
         y = frame.y(value)
-        if math.isfinite(value) and all(abs(y - other) >= 12 for other in taken):
+        there = frame.x(float(curve.xs[-1])) > 0.95 * (frame.width - frame.right)
+        if there and all(abs(y - other) >= 12 for other in taken):
             taken.append(y)
             place = frame.beside(value)
             value_text = tag("text", compact(value), **place, class_="value start")

@@ -63,7 +63,8 @@ def signals(runs: Sequence[Run]) -> str:
         "Shares of right answers with their 95% intervals; the dashed line is chance. Choices: of "
         "several held-out documents, the one to which a given part belongs has the highest "
         "likelihood (prior removed: beside its mean over the given parts). Probes: a linear "
-        "classifier on the hidden states of a middle layer, chance being the commonest class."
+        "classifier on the hidden states of a middle layer, chance being the commonest class. An "
+        "untrained model may lie somewhat off chance: what counts is the rise."
     )
     return tag("p", text, class_="prose") + tag("div", *panels, class_="panels")
 

@@ -56,7 +56,8 @@ def experts(runs: Sequence[Run]) -> str:
         "Evenness is the entropy of an expert's shares beside that of even shares: 1 is all alike, "
         "mean over layers; a router's entropy is that of its mean scores. The maps are of the last "
         "stretch of each run: rows are layers, columns experts; half colour is an even share, "
-        f"full colour twice that. An expert with less than {percent(DEAD)} of an even share counts as dead."
+        f"full colour twice that. An expert with less than {percent(DEAD)} of an even share counts "
+        "as dead."
     )
     maps = tag("div", *(_expert_maps(run, several, runs) for run in runs), class_="panels")
     return tag("p", text, class_="prose") + tag("div", *even, class_="panels") + maps
