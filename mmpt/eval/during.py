@@ -20,8 +20,8 @@ from mmpt.eval.passes import Passes
 from mmpt.eval.probe import measure_probe
 from mmpt.model.transformer import Decoder
 from mmpt.train.metrics import forget_after
-from mmpt.train.track import Log
 from mmpt.train.parallel import Ranks
+from mmpt.train.track import Log
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 FILE = "evaluations.jsonl"

@@ -174,8 +174,9 @@ class _Reader:
             values[f"{medium} ids"] = finite(each.get("tokens")) or 0.0
         for source, share in _table(row.get("sources")).items():
             values[f"source {source}"] = _or_nan(share)
-        for group, entropy in _table(row.get("router_entropy")).items():
-            values[f"entropy {group}"] = float(np.mean(entropy)) if entropy else math.nan
+        for group, told in _table(row.get("router")).items():
+            layers = [value for value in _table(told).get("entropy", ()) if value is not None]
+            values[f"entropy {group}"] = float(np.mean(layers)) if layers else math.nan
         self._note_skipped(row)
         # a short one at the end would be noise: it joins the one before
         full = self.windows and self.windows[-1].num_steps >= self._per_window

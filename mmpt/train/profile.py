@@ -51,7 +51,7 @@ class Profiler:
         """Begin to record, where that is wanted."""
         if self._profile is None and (count := self._wanted(step)):
             try:
-                self._profile = torch.profiler.profile(acc_events=True)  # of all devices
+                self._profile = torch.profiler.profile(activities=_kinds(), acc_events=True)
                 self._profile.start()
                 self._first, self._last, self._left = step, step, count
             except Exception as error:
@@ -108,6 +108,11 @@ def _whole(trace: Path) -> bool:
     with trace.open("rb") as file:
         file.seek(-min(trace.stat().st_size, 64), 2)
         return file.read().rstrip().endswith(b"}")
+
+
+def _kinds() -> list[torch.profiler.ProfilerActivity]:
+    cpu, gpu = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    return [cpu, gpu] if torch.cuda.is_available() else [cpu]
 
 
 def _longest() -> str:

@@ -213,3 +213,11 @@ def test_samples_of_the_run_folder_are_shown_and_no_other_files(make_run, page):
     assert [attrs["alt"] for attrs in read.all("img")] == ["step-2/grid.png"]
     assert [attrs["aria-label"] for attrs in read.all("audio")] == ["step-2/said.wav"]
     assert "1 more are in the folder" in read.text
+
+
+def test_a_routers_entropy_is_the_mean_of_its_layers(make_run):
+    told = [{"entropy": [0.9, 0.7]}, {"entropy": [None, None]}, {}]
+    rows = [row(n, router={"text": each}) for n, each in enumerate(told, 1)]
+    [run] = read_runs([make_run("one", rows)])
+    assert run.get("entropy text") == pytest.approx([0.8, math.nan, math.nan], nan_ok=True)
+    assert "router entropy of text" in render_runs([run])

@@ -79,7 +79,7 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
         "gradients": gradients,
         "weights": weights,
         "media": media,
-        "load": row["load"],
+        **{name: row[name] for name in ("load", "share", "flops", "router")},
     }
 
 

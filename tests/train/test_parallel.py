@@ -150,7 +150,11 @@ def test_gradients_and_losses_are_those_of_one_process(golden, name, count):
             for ours, theirs in zip(rank["losses"], one["losses"], strict=True):
                 assert ours == pytest.approx(theirs, rel=limit)
             assert rank["norms"] == pytest.approx(one["norms"], rel=1e-5)
-            assert rank["load"] == one["load"]
+            for told in ("load", "share", "flops"):
+                assert rank[told] == one[told]
+            for group, layers in one["router"].items():
+                for told, values in layers.items():
+                    assert rank["router"][group][told] == pytest.approx(values, abs=2e-4)
 
 
 def test_media_are_absent_on_some_ranks(golden):

@@ -51,13 +51,13 @@ def experts(runs: Sequence[Run]) -> str:
     frame = Frame(last=0, low=0, high=0, y_unit="evenness", left=46)
     even = [window_panel(runs, f"{group} experts", frame, _evenness(group)) for group in several]
     router = list(dict.fromkeys(name for run in runs for name in run.names("entropy ")))
-    nats = Frame(last=0, low=0, high=0, y_unit="nats", left=46)
-    even += [step_panel(runs, f"router entropy of {g}", f"entropy {g}", nats) for g in router]
+    even += [step_panel(runs, f"router entropy of {g}", f"entropy {g}", frame) for g in router]
     text = (
         "Evenness is the entropy of an expert's shares beside that of even shares: 1 is all alike, "
-        "mean over layers. The maps are of the last stretch of each run: rows are layers, columns "
-        "experts; half colour is an even share, full colour twice that. "
-        f"An expert with less than {percent(DEAD)} of an even share counts as dead."
+        "mean over layers; a router's entropy is that of its mean scores. The maps are of the last "
+        "stretch of each run: rows are layers, columns experts; half colour is an even share, "
+        f"full colour twice that. An expert with less than {percent(DEAD)} of an even share counts "
+        "as dead."
     )
     maps = tag("div", *(_expert_maps(run, several, runs) for run in runs), class_="panels")
     return tag("p", text, class_="prose") + tag("div", *even, class_="panels") + maps
