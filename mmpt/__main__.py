@@ -92,7 +92,7 @@ VERBS = {
         "examples/recipes/tiny.toml --suggest",
     ),
     "train": (
-        "mmpt.train.loop:train_command",
+        "mmpt.train.pretrain:train_command",
         "pretrain a model from a recipe",
         "examples/recipes/tiny.toml --out runs/tiny",
     ),

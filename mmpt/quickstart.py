@@ -32,8 +32,10 @@ from mmpt.processor import DEFAULT_TOKENIZERS, Processor
 from mmpt.showcase import Showcase
 from mmpt.tokenizers.evaluate import list_tokenizers
 from mmpt.train.adapt import adapt, adapter
-from mmpt.train.loop import Trainer, TrainResult, pretrainer, train
+from mmpt.train.loop import Trainer
+from mmpt.train.pretrain import pretrainer, train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe, TrainRecipe, fit_model
+from mmpt.train.result import TrainResult
 from mmpt.vocab import Vocabulary
 
 log = logging.getLogger(__name__)

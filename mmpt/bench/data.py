@@ -41,7 +41,7 @@ from mmpt.data.tokens import EncodedDocument, ShardWriter
 from mmpt.media import picture_bytes
 from mmpt.parts import Image, Text
 from mmpt.stream import Segment
-from mmpt.train.loop import pretrainer
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe, fit_model
 from mmpt.vocab import Modality, Vocabulary
 

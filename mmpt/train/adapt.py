@@ -17,10 +17,11 @@ from mmpt.decode.dida import JointRows, corrupt, denoising_loss, joint_forward
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
 from mmpt.train.checkpoint import begun_with, checkpoints_of, find_model
-from mmpt.train.loop import Trainer, TrainResult
+from mmpt.train.loop import Trainer
 from mmpt.train.loss import Losses, modality_weights, next_weight, score_next
 from mmpt.train.metrics import Metrics
 from mmpt.train.recipe import AdaptRecipe, load_run_recipe
+from mmpt.train.result import TrainResult
 from mmpt.vocab import Modality, Vocabulary
 
 

@@ -12,36 +12,30 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmpt.config import UserError, to_dict
+from mmpt.config import UserError
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
-from mmpt.eval.during import Evaluation
-from mmpt.model.codes import initialise_codes
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
-from mmpt.tokenizers import load as load_codec
 from mmpt.train.checkpoint import (
     Checkpoints,
     Moment,
-    begun_with,
     checkpoints_of,
-    find_model,
     find_processor,
     latest,
-    load_checkpoint,
 )
 from mmpt.train.clock import Laps
 from mmpt.train.ema import Average
 from mmpt.train.flops import Flops, count_ids, measure_peak
 from mmpt.train.guard import Guard
-from mmpt.train.loss import Losses, NextToken, Objective
+from mmpt.train.loss import Losses, Objective
 from mmpt.train.metrics import (
     Metrics,
     by_modality,
@@ -52,118 +46,18 @@ from mmpt.train.metrics import (
     speed,
     summary,
 )
-from mmpt.train.optim import (
-    build_optimizer,
-    initialise_mup,
-    learning_rate,
-    set_learning_rate,
-)
+from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
 from mmpt.train.parallel import Ranks, clip_gradients
-from mmpt.train.profile import Profiler
-from mmpt.train.recipe import RunRecipe, TrainRecipe, keep_recipe, load_run_recipe
+from mmpt.train.recipe import RunRecipe, keep_recipe
+from mmpt.train.restore import load_checkpoint
+from mmpt.train.result import Counters, TrainResult
 from mmpt.train.routing import Routing
-from mmpt.train.samples import Samples
-from mmpt.train.stall import Pulse, Watch
-from mmpt.train.track import Track, check_installed
+from mmpt.train.stall import Pulse
+from mmpt.train.track import check_installed
+from mmpt.train.watching import Watching
 from mmpt.vocab import Modality, Vocabulary
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """How far a run is, over all its parts; saved in the checkpoint."""
-
-    step: int = 0
-    tokens: int = 0  # ids read, without padding
-    seconds: float = 0.0  # spent in steps
-    bad_steps: int = 0  # that were skipped
-    flops: dict[str, int] = field(default_factory=dict)  # by medium, see `Flops`
-
-
-@dataclass
-class TrainResult:
-    """How a run ended; `checkpoint` is also a model folder."""
-
-    finished: bool
-    checkpoint: Path
-    counters: Counters
-    last: Metrics = field(default_factory=dict)  # of the last step
-    data: dict[str, Any] = field(default_factory=dict)  # fill, cuts, shares, epochs
-    status: int = 0  # exit status of a command that was asked to stop
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; of a run that was interrupted at the terminal, exit status 130."""
-        return {
-            "finished": self.finished,
-            "checkpoint": str(self.checkpoint),
-            **asdict(self.counters),
-            "last": self.last,
-            "data": self.data,
-            "exit_status": self.status,
-        }
-
-
-def train_command(recipe: Path, overrides: Sequence[str] = (), *, out: Path) -> dict[str, Any]:
-    """Pretrain a model from a recipe; the same command goes on where an interrupted run stopped.
-
-    Overrides are key=value, such as steps=500 or optim.lr=1e-3. The folder gets metrics.jsonl, the
-    resolved recipe and checkpoints, each of which is a model folder.
-    """
-    resolved, vocabulary = load_run_recipe(TrainRecipe, recipe, overrides)
-    return train(resolved, out, vocabulary=vocabulary).to_json()
-
-
-def train(
-    recipe: TrainRecipe,
-    run: str | Path,
-    *,
-    vocabulary: Vocabulary,
-    progress: bool = True,
-    on_step: Callable[[Metrics], None] | None = None,
-) -> TrainResult:
-    """Pretrain a fresh model, or go on with the run in the folder `run`."""
-    trainer = pretrainer(recipe, run, vocabulary=vocabulary)
-    return trainer.run(progress=progress, on_step=on_step)
-
-
-def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) -> "Trainer":
-    """What `train` runs."""
-    vocabulary = begun_with(checkpoints_of(run), vocabulary)
-    vocabulary.check(recipe.model.vocabulary, what="the recipe's model")
-    codecs = [load_codec(name) for name in recipe.codes_from]
-    for codec in codecs:
-        if vocabulary.fingerprint_of(codec.modality) != codec.fingerprint:
-            raise UserError(
-                f"codes_from: the vocabulary has no ids of {codec.name} {codec.fingerprint}; "
-                "name the tokenizers that encoded the data"
-            )
-
-    start = find_model(recipe.start) if recipe.start else None
-    if start is not None and recipe.codes_from:
-        raise UserError("start and codes_from both say what the first weights are; leave one out")
-
-    def initialise(model: Decoder) -> None:
-        model.initialise(recipe.seed)
-        initialise_mup(model, recipe.optim)
-        if start is not None:
-            model.fill(start)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        for codec in codecs:
-            ranges, latents = vocabulary.ranges_of(codec.modality), codec.code_latents()
-            books = latents if len(ranges) > 1 else [latents]
-            for code_range, book in zip(ranges, books, strict=True):
-                initialise_codes(model, code_range, book, generator)
-
-    return Trainer(
-        recipe,
-        run,
-        build=lambda: Decoder(recipe.model),
-        initialise=initialise,
-        start=start,
-        vocabulary=vocabulary,
-        objective=NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise),
-    )
 
 
 class Trainer:
@@ -215,18 +109,16 @@ class Trainer:
         encoded = Path(recipe.vocabulary).parent if recipe.vocabulary else None
         self.processor = find_processor(latest(self.checkpoints), start, encoded)
         self._resume()
-        self.samples = self._find_samples()
-        self.evaluation: Evaluation | None = None
-        if recipe.evaluate.every:
-            self.evaluation = Evaluation(
-                recipe.evaluate,
-                self.folder,
-                vocabulary=vocabulary,
-                encoded=encoded,
-                ranks=self.ranks,
-                step=self.counters.step,
-                bf16=recipe.precision == "bf16",
-            )
+        self.watching = Watching(
+            recipe,
+            self.folder,
+            vocabulary=vocabulary,
+            encoded=encoded,
+            processor=self.processor,
+            ranks=self.ranks,
+            pulse=self.pulse,
+            step=self.counters.step,
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -250,26 +142,13 @@ class Trainer:
         progress = progress and self.ranks.first
         with (
             closing(self),
-            self._track() as track,
-            self._watch(),
-            Profiler(self.folder, recipe.profile, rank=self.ranks.rank) as profiler,
+            self.watching as watching,
             StopRequest() as stop,
             _bar(recipe, counters, progress) as bar,
         ):
             while counters.step < recipe.steps and not self._stops(stop):
-                profiler.before(counters.step + 1)
-                metrics = self.step() | {"dropped": track.dropped}
-                profiler.after(counters.step)
-                track.write(metrics)
-                if self.samples and counters.step % recipe.samples.every == 0:
-                    self.pulse.begin("samples")
-                    self.samples.make(self.model, counters.step)
-                if self.evaluation is not None:
-                    self.pulse.begin("evaluation")
-                    last_step = counters.step == recipe.steps
-                    self.evaluation.after(
-                        counters.step, counters.tokens, self.model, last=last_step
-                    )
+                watching.before(counters.step + 1)
+                metrics = watching.after(self.step(), self.model)
                 bar.update()
                 bar.set_postfix_str(summary(metrics))
                 if on_step is not None:
@@ -397,46 +276,15 @@ class Trainer:
             )
             if self.average:
                 self.average.load_state_dict(more["average"])
-            self.counters = Counters(**state["counters"])
+            known = {each.name for each in fields(Counters)}  # older ones had others
+            counters = {name: n for name, n in state["counters"].items() if name in known}
+            self.counters = Counters(**counters)
             self.loader.load_state_dict(state["loader"])
             if "guard" in state:  # which older ones have not
                 self.guard.load_state_dict(state["guard"])
             self.routing.load_state_dict(state.get("routing", {}))
         if self.ranks.first:
             forget_after(self.folder / "metrics.jsonl", self.counters.step)
-
-    def _track(self) -> Track:
-        return Track(
-            self.folder,
-            self.recipe.track,
-            first=self.counters.step + 1,
-            config=to_dict(self.recipe),
-            write=self.ranks.first,
-        )
-
-    def _find_samples(self) -> Samples | None:
-        if not self.recipe.samples.every:
-            return None
-        if self.ranks.count > 1:
-            if self.ranks.first:
-                log.warning("samples are left out: they need the whole model on one process")
-            return None
-        return Samples(
-            self.recipe.samples,
-            self.folder,
-            vocabulary=self.vocabulary,
-            settings=self.processor,
-            step=self.counters.step,
-        )
-
-    def _watch(self) -> Watch:
-        return Watch(
-            self.folder / "alive",
-            self.pulse,
-            rank=self.ranks.rank,
-            count=self.ranks.count,
-            seconds=self.recipe.guard.stall,
-        )
 
     def _measure_peak(self) -> float:
         dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32

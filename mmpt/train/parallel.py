@@ -24,6 +24,7 @@ from torch import distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -217,10 +218,10 @@ class Ranks:
 
 def _join(backend: str) -> None:
     """The group of processes that the launcher started."""
-    store, rank, count = next(distributed.rendezvous("env://"))
+    store, rank, count = next(rendezvous("env://"))
     # the store outlives a restart of the processes, with addresses of those that are gone
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = distributed.PrefixStore(f"attempt-{attempt}", store)
+    store = distributed.PrefixStore(f"attempt-{attempt}", store)  # type: ignore # torch exports it
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 

@@ -16,7 +16,7 @@ from mmpt.data.shards import Quarantine, is_heldout, read_documents
 from mmpt.data.sources import sampler_shards
 from mmpt.processor import Processor, merge_speech
 from mmpt.stream import parse
-from mmpt.train.loop import pretrainer
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 from mmpt.vocab import Modality
 

@@ -38,7 +38,7 @@ def test_codes_that_decode_alike_begin_alike(model: Decoder) -> None:
 
 def test_latents_of_other_codecs_are_refused(vocabulary: Vocabulary, tmp_path, image_codec) -> None:
     from mmpt.data.loader import DataConfig, SourceConfig
-    from mmpt.train.loop import pretrainer
+    from mmpt.train.pretrain import pretrainer
     from mmpt.train.recipe import TrainRecipe, fit_model
 
     image_codec.save(tmp_path / "image")

@@ -11,8 +11,8 @@ from pathlib import Path
 from forked import fork, joined
 
 from mmpt.config import load_recipe
-from mmpt.train.loop import pretrainer
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe
 from mmpt.vocab import Vocabulary
 
@@ -26,8 +26,8 @@ def run(rank: int, count: int, recipe: TrainRecipe, out: Path) -> None:
             vocabulary = Vocabulary.load(recipe.vocabulary)
             trainer = pretrainer(laid_out, out / name, vocabulary=vocabulary)
             trainer.step()
-            assert trainer.evaluation is not None
-            found = trainer.evaluation.measure(trainer.model)
+            assert trainer.watching.evaluation is not None
+            found = trainer.watching.evaluation.measure(trainer.model)
             after = trainer.step()
             trainer.loader.close()
             result = {"found": found, "loss": after["loss"], "load": after["load"]}

@@ -17,8 +17,9 @@ from mmpt.config import load_recipe
 from mmpt.model.collectives import whole
 from mmpt.model.transformer import Decoder
 from mmpt.train.adapt import adapter
-from mmpt.train.loop import Trainer, pretrainer
+from mmpt.train.loop import Trainer
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import AdaptRecipe, TrainRecipe
 from mmpt.vocab import Vocabulary
 

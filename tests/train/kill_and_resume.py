@@ -21,8 +21,9 @@ from forked import fork, joined
 from mmpt.config import load_recipe
 from mmpt.model.collectives import whole
 from mmpt.train.checkpoint import flatten, latest
-from mmpt.train.loop import Trainer, pretrainer
+from mmpt.train.loop import Trainer
 from mmpt.train.parallel import ParallelConfig
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe
 from mmpt.vocab import Vocabulary
 

@@ -14,7 +14,7 @@ from forked import fork, joined
 
 from mmpt.config import load_recipe
 from mmpt.train.guard import GuardConfig
-from mmpt.train.loop import pretrainer
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe
 from mmpt.vocab import Vocabulary
 

@@ -10,7 +10,8 @@ from mmpt.data.codes import with_used_codes
 from mmpt.model.transformer import Decoder
 from mmpt.processor import ProcessorSettings
 from mmpt.train.adapt import Denoise, adapt, find_model
-from mmpt.train.loop import Trainer, train
+from mmpt.train.loop import Trainer
+from mmpt.train.pretrain import train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 

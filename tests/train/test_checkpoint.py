@@ -14,9 +14,9 @@ from mmpt.train.checkpoint import (
     Moment,
     latest,
     list_checkpoints,
-    load_checkpoint,
 )
 from mmpt.train.optim import OptimConfig, build_optimizer
+from mmpt.train.restore import load_checkpoint
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from mmpt.eval.heldout import evaluate_modality
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Segment
 from mmpt.train.checkpoint import latest
-from mmpt.train.loop import pretrainer, train
 from mmpt.train.optim import OptimConfig
+from mmpt.train.pretrain import pretrainer, train
 from mmpt.train.recipe import TrainRecipe
 from mmpt.vocab import Modality
 
@@ -135,7 +135,7 @@ def test_it_finds_what_mmpt_eval_finds(tmp_path, watched, vocabulary):
     recipe = replace(watched, evaluate=EvaluateConfig(every=1, documents=1000))
     trainer = pretrainer(recipe, tmp_path / "run", vocabulary=vocabulary)
     trainer.step()
-    found = trainer.evaluation.measure(trainer.model)
+    found = trainer.watching.evaluation.measure(trainer.model)
     assert trainer.model.training
     shards = open_shards([tmp_path / "tokens"], vocabulary)
     documents = [document for shard in shards for document in shard]

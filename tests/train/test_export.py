@@ -8,7 +8,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
 from mmpt.train.export import export
-from mmpt.train.loop import pretrainer, train
+from mmpt.train.pretrain import pretrainer, train
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from mmpt.model.transformer import Decoder
 from mmpt.process import pick_device
 from mmpt.processor import ProcessorSettings
 from mmpt.train.checkpoint import latest, list_checkpoints
-from mmpt.train.loop import Trainer, pretrainer, train, train_command
+from mmpt.train.loop import Trainer
 from mmpt.train.loss import NextToken
+from mmpt.train.pretrain import pretrainer, train, train_command
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 
 

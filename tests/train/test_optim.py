@@ -6,7 +6,6 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
-from mmpt.train.loop import train
 from mmpt.train.optim import (
     OptimConfig,
     build_optimizer,
@@ -17,6 +16,7 @@ from mmpt.train.optim import (
     matrices_of,
     set_learning_rate,
 )
+from mmpt.train.pretrain import train
 
 
 def rates(**options):

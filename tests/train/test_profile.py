@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from mmpt.config import UserError
-from mmpt.train.loop import train
+from mmpt.train.pretrain import train
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mmpt.model.transformer import Decoder
 from mmpt.parts import Audio, Image, Text, load_part
 from mmpt.stream import Segment
 from mmpt.train.adapt import adapt
-from mmpt.train.loop import train
+from mmpt.train.pretrain import train
 from mmpt.train.recipe import AdaptRecipe, fit_model
 from mmpt.train.samples import Samples, SamplesConfig
 from mmpt.vocab import Modality

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mmpt.config import to_toml
-from mmpt.train.loop import train
+from mmpt.train.pretrain import train
 from mmpt.train.stall import Pulse, Watch
 
 

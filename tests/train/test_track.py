@@ -7,8 +7,8 @@ import pytest
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
 from mmpt.train import track
-from mmpt.train.loop import train
 from mmpt.train.metrics import last_line
+from mmpt.train.pretrain import train
 from mmpt.train.track import Log, Track, flatten
 
 
@@ -99,6 +99,7 @@ def test_steps_that_are_done_again_show_once(tmp_path):
 def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(track, "PATIENCE", 60.0)  # it starts slowly where cores are busy
     with Track(tmp_path, ("wandb",), config={"steps": 2}) as places:
         places.write({"step": 1, "loss": 1.0})
     assert places.dropped == 0
