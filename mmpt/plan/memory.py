@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from mmpt.plan.traffic import WIDE, Held, Layout, gathered_by_muon, held
 from mmpt.plan.workload import ROOT, Workload
-from mmpt.train.loss import positions_of_chunk
+from mmpt.train.loss import CHUNK, MAX_LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def _around(work: Workload, ids: float) -> float:
 
 def _head(work: Workload, ids: float) -> float:
     vocabulary, width = work.model.vocab_size, work.model.width
-    chunk = min(positions_of_chunk(vocabulary), ids)
+    chunk = min(CHUNK, max(1, MAX_LOGITS // vocabulary), ids)
     logits = chunk * vocabulary * (WIDE + (2 * 2 if work.products == 2 else 0))
     # its gradient, the summand of a chunk, the same scaled; and the weights in the products' dtype
     return logits + vocabulary * width * (2 * WIDE + work.products + (work.products == 2) * 2)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmpt.model.config import GroupConfig, ModelConfig
+from mmpt.model.moe import group_table
 from mmpt.model.transformer import Decoder
 from mmpt.train.optim import is_matrix
 from mmpt.train.recipe import TrainRecipe
@@ -55,8 +56,7 @@ class Workload:
     @classmethod
     def of(cls, recipe: TrainRecipe, mix: Mapping[Modality, float] | None = None) -> "Workload":
         """Of a recipe; without a mix, equal parts of the modalities."""
-        with torch.device("meta"):
-            model = Decoder(recipe.model)
+        model = on_meta(recipe.model)
         equal = dict.fromkeys(Modality, 1 / len(Modality))
         # a masked product computes every pair of a row, also those that it leaves out
         flops = {m: model.flops_per_token(m, context=recipe.data.length) for m in Modality}
@@ -91,8 +91,7 @@ class Workload:
 
     def summary(self) -> dict[str, Any]:
         """What the model is, to print."""
-        with torch.device("meta"):
-            model = Decoder(self.model)
+        model = on_meta(self.model)
         active = {m.name.lower(): model.num_active_parameters(m) for m in Modality}
         return {
             "parameters": self.num_parameters,
@@ -104,6 +103,14 @@ class Workload:
             "tokens per step": self.tokens,
             "flops per step": 3 * self.mean_flops * self.tokens,
         }
+
+
+def on_meta(config: ModelConfig) -> Decoder:
+    """A model without memory, that can be asked for its sizes."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.groups = group_table(config)
+    return model
 
 
 def _weights(model: Decoder) -> tuple[Weight, ...]:

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# torchrun on one node, for the other files here: passes signals to the ranks.
+#
+# SIGUSR1 says that the time is nearly up. It would end torchrun, which does not know it; so torchrun
+# ignores it, and it goes to the ranks, which write a checkpoint and ask SLURM to run the job again.
+# A scheduler may signal the ranks itself as well: they ignore a second one.
+set -euo pipefail
+
+trap '' USR1 # what is started from here on ignores it, unless it says otherwise
+torchrun "$@" &
+launcher=$!
+trap 'pkill -USR1 -P "$launcher" || true' USR1
+trap 'kill -TERM "$launcher" || true' TERM INT
+
+while true; do
+    status=0
+    wait "$launcher" || status=$? # also ends when a signal has come
+    kill -0 "$launcher" 2>/dev/null || exit "$status"
+done
