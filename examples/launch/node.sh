@@ -6,6 +6,9 @@
 # A scheduler may signal the ranks itself as well: they ignore a second one.
 set -euo pipefail
 
+# else ranks that are started again find the addresses of those that died (pytorch/pytorch#135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 trap '' USR1 # what is started from here on ignores it, unless it says otherwise
 torchrun "$@" &
 launcher=$!

@@ -11,5 +11,7 @@
 # - Control-C, SIGTERM: a checkpoint is written, and all end.
 set -euo pipefail
 
+# else ranks that are started again find the addresses of those that died (pytorch/pytorch#135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --standalone --nproc-per-node "${PROCESSES:-auto}" --max-restarts 3 \
     -m mmpt train "$@"
