@@ -6,18 +6,23 @@ Rows are random documents of all media; the model, the optimiser and the loop ar
 import json
 import os
 import tempfile
+import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpt.data.loader import SourceConfig
 from mmpt.data.tokens import EncodedDocument, ShardWriter
-from mmpt.plan.calibrate import quiet, start, this_machine
+from mmpt.model.collectives import local
+from mmpt.plan.calibrate import core_share, quiet, start, this_machine
 from mmpt.plan.memory import memory
 from mmpt.plan.report import Report
 from mmpt.plan.timing import seconds
@@ -25,13 +30,13 @@ from mmpt.plan.traffic import Layout, messages
 from mmpt.plan.workload import Workload
 from mmpt.process import one_thread
 from mmpt.stream import Segment
-from mmpt.train.loop import pretrainer
+from mmpt.train.loop import Trainer, pretrainer
 from mmpt.train.recipe import TrainRecipe, fit_model
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 CASES: tuple[tuple[int, dict[str, int]], ...] = ((1, {}), (2, {}), (2, {"expert": 2}), (4, {}))
 RANKS = 4  # at most; rows and streams are multiples of it
-STEPS = 6  # of which the best counts; two more warm up
+WARM, STEPS = 1, 6  # steps before, and those of which the best counts
 NUMBERS = 4096  # bytes: what is smaller are single numbers, of which the plan says nothing
 # collectives of torch -> kind, and the argument whose bytes count
 COUNTED = {
@@ -39,6 +44,7 @@ COUNTED = {
     "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
     "c10d::allreduce_": ("all-reduce", 0),
     "c10d::alltoall_base_": ("all-to-all", 1),
+    "_c10d_functional::all_gather_into_tensor": ("all-gather", 0),  # of what each rank has
 }
 
 
@@ -54,6 +60,7 @@ class Counted(TorchDispatchMode):
             kind, place = found
             tensors = args[place] if isinstance(args[place], list | tuple) else [args[place]]
             size = sum(tensor.nbytes for tensor in tensors)
+            size *= args[1] if func.namespace == "_c10d_functional" else 1
             if kind != "all-reduce" or size > NUMBERS:
                 self.bytes[kind] += size
         return func(*args, **(kwargs or {}))
@@ -61,13 +68,15 @@ class Counted(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one case. seconds: the best step. bytes: of the tensors of collectives, over all ranks.
+    """Of one case. bytes: of the tensors of collectives, over all ranks.
 
-    memory: bytes by which the first rank grew at its fullest. mix: of the counted step, shares of
-    all ids; the rest are pads.
+    seconds: the best step by the clock on the wall, work_seconds: by that of the first rank's
+    process, which stands still while others use the core. memory: bytes of its tensors at the
+    fullest moment. mix: of the counted step, shares of all ids; the rest are pads.
     """
 
     seconds: float
+    work_seconds: float
     bytes: dict[str, int]
     memory: int
     mix: dict[Modality, float]
@@ -80,18 +89,17 @@ def compare(recipe: TrainRecipe, cases: Sequence[tuple[int, dict[str, int]]] = C
         recipe = prepare(recipe, Path(folder))
         for count, sides in cases:
             rows.append(_compare(recipe, count, sides, Path(folder) / f"case-{len(rows)}"))
-    lines = [
-        f"{'ranks':14}{'step s':>9}{'planned':>9}{'ratio':>7}{'memory GB':>11}{'planned':>9}"
-        f"{'sent and received, MB':>24}{'planned':>9}"
-    ]
+    pairs = {"work s": "work seconds", "step s": "seconds", "memory GB": "memory"}
+    head = "".join(f"{name:>10}{'planned':>9}" for name in [*pairs, "sent MB"])
+    lines = [f"{'ranks':12}{head}"]
     for row in rows:
-        lines.append(
-            f"{row['layout']:14}{row['seconds']:>9.3g}{row['planned seconds']:>9.3g}"
-            f"{row['planned seconds'] / row['seconds']:>7.2f}"
-            f"{row['memory'] / 1e9:>11.3g}{row['planned memory'] / 1e9:>9.3g}"
-            f"{sum(row['bytes'].values()) / 1e6:>24.6g}"
-            f"{sum(row['planned bytes'].values()) / 1e6:>9.6g}"
-        )
+        scale = {"memory": 1e9}
+        values = [
+            (row[n] / scale.get(n, 1), row[f"planned {n}"] / scale.get(n, 1))
+            for n in pairs.values()
+        ]
+        values.append(tuple(sum(row[n].values()) / 1e6 for n in ("bytes", "planned bytes")))
+        lines.append(f"{row['layout']:12}" + "".join(f"{x:>10.4g}{y:>9.4g}" for x, y in values))
     return Report({"cases": rows}, lines)
 
 
@@ -122,26 +130,29 @@ def prepare(recipe: TrainRecipe, folder: Path) -> TrainRecipe:
     )
 
 
-def measure(recipe: TrainRecipe, count: int, folder: Path) -> Measured:
-    """Run the recipe's layout of so many processes."""
+def measure(recipe: TrainRecipe, count: int, folder: Path, *, steps: int = STEPS) -> Measured:
+    """Run the recipe's layout of so many processes; the best of so many steps counts."""
     folder.mkdir(parents=True)
-    start(_train, count, recipe, folder)
+    start(_train, count, recipe, folder, steps)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
     total: dict[str, int] = defaultdict(int)
     for rank in ranks:
         for kind, size in rank["bytes"].items():
             total[kind] += size
-    ids = recipe.accumulate * recipe.data.rows * recipe.data.length
+    # ranks that share tensors read the same rows
+    ids = recipe.accumulate * recipe.data.rows * recipe.data.length * recipe.parallel.tensor
     counts = np.sum([rank["counts"] for rank in ranks], axis=0)
     mix = {m: counts[m] / ids for m in Modality}
-    return Measured(min(ranks[0]["seconds"]), dict(total), ranks[0]["memory"], mix)
+    best, working = (min(ranks[0][name]) for name in ("seconds", "work_seconds"))
+    return Measured(best, working, dict(total), ranks[0]["memory"], mix)
 
 
 def planned_bytes(work: Workload, layout: Layout) -> dict[str, float]:
     """As `Measured.bytes`."""
     total: dict[str, float] = defaultdict(float)
     for message in messages(work, layout):
-        total[message.kind] += message.count * message.bytes
+        if message.kind != "all-reduce" or message.bytes > NUMBERS:
+            total[message.kind] += message.count * message.bytes
     return {kind: size * layout.num_data * layout.tensor for kind, size in total.items()}
 
 
@@ -157,6 +168,8 @@ def _compare(
         "layout": f"{count}" + "".join(f" {name} {size}" for name, size in sides.items()),
         "seconds": found.seconds,
         "planned seconds": planned.step,
+        "work seconds": found.work_seconds,
+        "planned work seconds": (planned.compute + planned.optimizer) * core_share(count),
         "planned parts": planned.rounded(),
         "memory": found.memory,
         "planned memory": memory(work, layout).peak,
@@ -165,12 +178,14 @@ def _compare(
     }
 
 
-def _train(recipe: TrainRecipe, folder: Path) -> None:
-    rank = int(os.environ["RANK"])
-    before = _reset_peak()
-    trainer = pretrainer(recipe, folder / "run", vocabulary=Vocabulary.load(recipe.vocabulary))
-    times = [trainer.step()["step_seconds"] for _ in range(STEPS + 2)]
-    peak = _memory("VmHWM")
+def _train(recipe: TrainRecipe, folder: Path, steps: int) -> None:
+    vocabulary = Vocabulary.load(recipe.vocabulary)
+    trainer = pretrainer(recipe, folder / "run", vocabulary=vocabulary)
+    times, working = [], []
+    for _ in range(WARM + steps):
+        began = time.process_time()
+        times.append(trainer.step()["step_seconds"])
+        working.append(time.process_time() - began)
     counts = np.zeros(len(Modality), dtype=np.int64)
     prepare = trainer.objective.prepare
 
@@ -182,31 +197,33 @@ def _train(recipe: TrainRecipe, folder: Path) -> None:
     trainer.objective.prepare = count  # type: ignore[method-assign] # to see what it is given
     with Counted() as counted:
         trainer.step()
-    trainer.loader.close()
+    trainer.objective.prepare = prepare  # type: ignore[method-assign]
     result = {
-        "seconds": times[2:],
+        "seconds": times[WARM:],
+        "work_seconds": working[WARM:],
         "bytes": counted.bytes,
-        "memory": peak - before,
+        "memory": _fullest(trainer),
         "counts": counts.tolist(),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(result))
+    trainer.loader.close()
+    (folder / f"{trainer.ranks.rank}.json").write_text(json.dumps(result))
 
 
-def _reset_peak() -> int:
-    """Bytes that this process holds now, from which its peak is counted on."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is that of the process so far
-        pass
-    return _memory("VmRSS")
-
-
-def _memory(name: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+def _fullest(trainer: Trainer) -> int:
+    """Bytes of tensors at the fullest moment of a step: what stays, and what comes and goes."""
+    states = (value for each in trainer.optimizer.state.values() for value in each.values())
+    average = trainer.average.state_dict().values() if trainer.average else ()
+    tensors = [*trainer.model.parameters(), *states, *average]
+    stays = sum(local(tensor).nbytes for tensor in tensors)
+    os.environ["KINETO_LOG_LEVEL"] = "9"  # of machines without a GPU it says so
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.step()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return stays + max(accumulate(change for _, change in changes))
 
 
 def _vocabulary(num_text: int) -> Vocabulary:

@@ -52,7 +52,7 @@ def memory(work: Workload, layout: Layout) -> Memory:
     units = {each.unit for each in parts}
     sizes = {unit: sum(e.padded for e in parts if e.unit == unit) * WIDE for unit in units}
     root = sizes.pop(ROOT)
-    alone = layout.num_data * layout.tensor == 1
+    alone = layout.side("shard")[0] == 1  # then nothing is gathered
     layer = 0 if alone else sum(sizes.values())
     ids = recipe.data.rows * recipe.data.length / layout.num_data
     kept = ids * kept_of_layer(work, layout, recipe.parallel.recompute)
@@ -71,8 +71,8 @@ def memory(work: Workload, layout: Layout) -> Memory:
         # root is there all the time, and its gradient
         gathered=layer * (gather_all + 3) + (0 if alone else 2 * root),
         head=_head(work, ids) + (0 if alone else root),
-        # gradients of activations are as large as these
-        work=max(everything + again * (everything + casts), _muon(work, layout)),
+        # what is computed again, and about as much as a tenth of gradients beside it
+        work=max(everything * (again + 0.1) + again * casts, _muon(work, layout)),
     )
 
 
@@ -110,8 +110,8 @@ def _head(work: Workload, ids: float) -> float:
     vocabulary, width = work.model.vocab_size, work.model.width
     chunk = min(CHUNK, max(1, MAX_LOGITS // vocabulary), ids)
     logits = chunk * vocabulary * (WIDE + (2 * 2 if work.products == 2 else 0))
-    # its gradient, the summand of a chunk, the same scaled; and the weights in the products' dtype
-    return logits + vocabulary * width * (2 * WIDE + work.products + (work.products == 2) * 2)
+    # its gradient, and the same scaled; or a chunk's part of it and, in bf16, the weights
+    return logits + vocabulary * width * 2 * WIDE
 
 
 def _casts(work: Workload, parts: list[Held]) -> float:

@@ -1,7 +1,7 @@
 """How long a step takes, from a model that is stated here.
 
-- Computing: operations / (peak x efficiency) + bytes of activations moved / memory rate. Ranks that
-  share tensors all compute routers and head.
+- Computing: operations / (peak x efficiency) + bytes of activations and logits moved / memory
+  rate. Ranks that share tensors all compute routers and head.
 - A message: latency x log2(ranks) + bytes sent / bandwidth. Within a node that is the link's;
   between nodes a ring uses the network ports of all its members in a node, at most the link's
   bandwidth; of an all-to-all, what leaves the node goes through the sender's own port.
@@ -24,6 +24,8 @@ from mmpt.plan.workload import Workload
 # times that a kept activation goes through memory: written and read twice, forward and backward,
 # where its gradient is read and written, too
 MOVES = 6
+# bytes that go through memory for each logit: products' dtype and float32, eleven times in all
+LOGITS = 46
 # float32 numbers that go through memory for each weight a step: those of the optimiser, and of the
 # norm and the clipping
 UPDATES = 7 + 3
@@ -87,7 +89,8 @@ def _compute(work: Workload, layout: Layout, machine: Machine) -> float:
     )
     passes = MOVES * (1.0 if work.recipe.parallel.recompute == "none" else 4 / 3)
     kept = work.model.num_layers * kept_of_layer(work, layout, "none")
-    moved = passes * kept * work.tokens / layout.num_data
+    ids = work.tokens / layout.num_data
+    moved = ids * (passes * kept + LOGITS * work.model.vocab_size)
     calls = work.recipe.accumulate * work.model.num_layers * machine.small_step
     return products + moved / machine.memory_rate + calls
 

@@ -137,9 +137,7 @@ def _of_weights(work: Workload, layout: Layout) -> Iterator[Message]:
         parts = [each for each in units if each.unit == name]
         over, num = parts[0].over, parts[0].weight.num
         size = WIDE * sum(each.padded for each in parts)
-        again = recipe.parallel.reshard and name != ROOT  # gathered for the backward pass, too
-        bank = name not in (ROOT, "layer")  # which repeats its forward pass by itself
-        gathers = 1 + again * (2 if bank and recipe.parallel.recompute != "none" else 1)
+        gathers = 1 + (recipe.parallel.reshard and name != ROOT)  # for the backward pass, too
         count = recipe.accumulate * num
         if layout.side(over)[0] > 1:
             yield Message("all-gather", over, size, count * gathers, hidden=True)
@@ -183,11 +181,14 @@ def _of_tensors(work: Workload, layout: Layout) -> Iterator[Message]:
 
 def _of_muon(work: Workload, layout: Layout) -> Iterator[Message]:
     for each in gathered_by_muon(work, layout):
-        size = each.padded * work_bytes(work)
-        if layout.side(each.over)[0] > 1:
-            yield Message("all-gather", each.over, size, each.weight.num)
-        if each.weight.tensor_side is not None and layout.tensor > 1:
-            yield Message("all-gather", "tensor", size * layout.tensor, each.weight.num)
+        size = each.mine * work_bytes(work)
+        sides = ["tensor"] if each.weight.tensor_side is not None else []
+        sides += ["expert"] if each.over == "outer" else []  # its experts, which are apart, too
+        for side in [*sides, each.over]:
+            ranks = layout.side(side)[0]
+            size *= ranks
+            if ranks > 1:
+                yield Message("all-gather", side, size, each.weight.num)
 
 
 def gathered_by_muon(work: Workload, layout: Layout) -> list[Held]:
