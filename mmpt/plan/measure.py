@@ -19,11 +19,12 @@ import numpy as np
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmpt.config import UserError
 from mmpt.data.loader import SourceConfig
 from mmpt.data.tokens import EncodedDocument, ShardWriter
 from mmpt.model.collectives import local
 from mmpt.plan.calibrate import core_share, quiet, start, this_machine
-from mmpt.plan.memory import memory
+from mmpt.plan.memory import gb, memory
 from mmpt.plan.report import Report
 from mmpt.plan.timing import seconds
 from mmpt.plan.traffic import Layout, messages
@@ -83,7 +84,7 @@ class Measured:
 
 
 def compare(recipe: TrainRecipe, cases: Sequence[tuple[int, dict[str, int]]] = CASES) -> Report:
-    """Predicted and measured steps of every case that the model can be divided into."""
+    """Predicted and measured steps; UserError where they cannot be run here."""
     rows = []
     with tempfile.TemporaryDirectory() as folder, quiet(), one_thread():
         recipe = prepare(recipe, Path(folder))
@@ -98,7 +99,8 @@ def compare(recipe: TrainRecipe, cases: Sequence[tuple[int, dict[str, int]]] = C
             (row[n] / scale.get(n, 1), row[f"planned {n}"] / scale.get(n, 1))
             for n in pairs.values()
         ]
-        values.append(tuple(sum(row[n].values()) / 1e6 for n in ("bytes", "planned bytes")))
+        sent = [sum(row[name].values()) / 1e6 for name in ("bytes", "planned bytes")]
+        values.append((sent[0], sent[1]))
         lines.append(f"{row['layout']:12}" + "".join(f"{x:>10.4g}{y:>9.4g}" for x, y in values))
     return Report({"cases": rows}, lines)
 
@@ -159,8 +161,11 @@ def planned_bytes(work: Workload, layout: Layout) -> dict[str, float]:
 def _compare(
     recipe: TrainRecipe, count: int, sides: dict[str, int], folder: Path
 ) -> dict[str, Any]:
-    recipe = replace(recipe, parallel=replace(recipe.parallel, **sides))
+    whole = {"replicate": 1, "expert": 1, "tensor": 1}
+    recipe = replace(recipe, parallel=replace(recipe.parallel, **whole | sides))
+    recipe.parallel.check(recipe.model, count)
     layout = Layout.of(recipe.parallel, count)
+    _check_room(recipe, layout, count)
     found = measure(recipe, count, folder)
     work = Workload.of(recipe, found.mix)
     planned = seconds(work, layout, this_machine(work, processes=count))
@@ -176,6 +181,16 @@ def _compare(
         "bytes": found.bytes,
         "planned bytes": planned_bytes(work, layout),
     }
+
+
+def _check_room(recipe: TrainRecipe, layout: Layout, count: int) -> None:
+    needed = count * memory(Workload.of(recipe), layout).peak
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > there:
+        raise UserError(
+            f"{count} processes of this recipe take {gb(needed)} GB, of {gb(there)} here; make it "
+            "smaller by overrides, such as model.num_layers=2 data.rows=4"
+        )
 
 
 def _train(recipe: TrainRecipe, folder: Path, steps: int) -> None:
@@ -220,9 +235,9 @@ def _fullest(trainer: Trainer) -> int:
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer.step()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    results: Any = profiler.profiler and profiler.profiler.kineto_results  # hardly typed
+    events = (event for event in results.events() if event.name() == "[memory]")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
     return stays + max(accumulate(change for _, change in changes))
 
 

@@ -38,12 +38,15 @@ def test_a_launch_file_has_no_mistakes(path):
 def test_the_directives_of_slurm_are_whole():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     found = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
-    directives = dict(re.fullmatch(r"--([a-z-]+)(?:=(\S+))?", each).groups() for each in found)  # type: ignore[union-attr] # fails where none matches
-    assert directives["ntasks-per-node"] == "1"  # one torchrun a node
-    assert re.fullmatch(r"USR1@\d+", directives["signal"])  # no "B:": to the steps, not the script
-    assert directives["requeue"] is None  # a flag
-    assert directives["open-mode"] == "append"  # else the log of the first run is lost
-    assert re.fullmatch(r"\d+:\d\d:\d\d", directives["time"])
+    assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", each) for each in found)
+    directives = {name: value for name, _, value in (each.partition("=") for each in found)}
+    assert directives["--ntasks-per-node"] == "1"  # one torchrun a node
+    assert re.fullmatch(
+        r"USR1@\d+", directives["--signal"]
+    )  # no "B:": to the steps, not the script
+    assert directives["--requeue"] == ""  # a flag
+    assert directives["--open-mode"] == "append"  # else the log of the first run is lost
+    assert re.fullmatch(r"\d+:\d\d:\d\d", directives["--time"])
     first_command = next(number for number, line in enumerate(lines) if line.startswith("set "))
     assert all(
         not line.startswith("#SBATCH") for line in lines[first_command:]

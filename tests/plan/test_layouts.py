@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from mmpt.train.optim import OptimConfig, build_optimizer
 from mmpt.train.parallel import ParallelConfig, Ranks, _contexts
 from mmpt.vocab import Modality
 
-RECIPE = "examples/recipes/tiny.toml"
+RECIPE = Path("examples/recipes/tiny.toml")
 H100 = MACHINES["h100"]
 ROWS, LENGTH = 2, 96
 CPU_ATTENTION = {  # which the counter does not know
@@ -222,7 +223,7 @@ def test_one_rank_sends_nothing(recipe):
 
 
 def test_the_command_prints_a_table_and_json(capsys):
-    arguments = ["plan", RECIPE, "model.vocab_size=9000", "data.rows=16", "--gpus", "8"]
+    arguments = ["plan", str(RECIPE), "model.vocab_size=9000", "data.rows=16", "--gpus", "8"]
     assert main(arguments) == 0
     table = capsys.readouterr().out
     assert "is the recipe's own" in table
@@ -237,7 +238,7 @@ def test_the_command_prints_a_table_and_json(capsys):
 
 
 def test_without_gpus_only_the_model_is_described(capsys):
-    assert main(["plan", RECIPE, "model.vocab_size=9000", "--json"]) == 0
+    assert main(["plan", str(RECIPE), "model.vocab_size=9000", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"model"}
 
 

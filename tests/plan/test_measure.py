@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mmpt.config import UserError
 from mmpt.plan.calibrate import this_machine
 from mmpt.plan.measure import compare, measure, planned_bytes, prepare
 from mmpt.plan.memory import memory
@@ -47,3 +48,8 @@ def test_times_are_compared(short):
 def test_a_core_that_processes_share_is_slower_for_each(short):
     machines = [this_machine(Workload.of(short), processes=count) for count in (1, 16)]
     assert machines[1].fp32 < machines[0].fp32
+
+
+def test_what_does_not_fit_here_is_refused(large):
+    with pytest.raises(UserError, match=r"GB, of .* here; make it smaller"):
+        compare(replace(large, data=replace(large.data, rows=4)))
