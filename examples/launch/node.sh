@@ -12,11 +12,12 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap '' USR1 # what is started from here on ignores it, unless it says otherwise
 torchrun "$@" &
 launcher=$!
-trap 'pkill -USR1 -P "$launcher" || true' USR1
-trap 'kill -TERM "$launcher" || true' TERM INT
+signalled=yes
+trap 'signalled=yes; pkill -USR1 -P "$launcher" || true' USR1
+trap 'signalled=yes; kill -TERM "$launcher" || true' TERM INT
 
-while true; do
-    status=0
-    wait "$launcher" || status=$? # also ends when a signal has come
-    kill -0 "$launcher" 2>/dev/null || exit "$status"
+while [[ -n $signalled ]]; do # a signal ends `wait`, though torchrun may still run
+    signalled='' status=0
+    wait "$launcher" || status=$?
 done
+exit "$status"

@@ -218,6 +218,20 @@ def test_costs_move_as_they_must(large):
     assert lean.seconds.compute > rich.seconds.compute
 
 
+def test_8_billion_parameters_on_8_h100_are_near_what_is_reported(large):
+    model = replace(
+        large.model,
+        vocab_size=128_256,
+        width=4096,
+        num_layers=32,
+        num_heads=32,
+        expert_hidden=14_336,
+    )
+    recipe = replace(large, model=model, data=replace(large.data, rows=16, length=8192))
+    found = cost(Workload.of(recipe), Layout(1, 8, 1, 1), H100, recompute="selective").row()
+    assert 5762 * 0.85 < found["tokens per second and rank"] < 6667 * 1.15  # torchtitan's
+
+
 def test_one_rank_sends_nothing(recipe):
     assert not list(messages(Workload.of(recipe), Layout(1, 1, 1, 1)))
 
