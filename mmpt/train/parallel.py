@@ -14,9 +14,10 @@ so that weights which see the ids of all ranks (experts) and of one (the others)
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -213,7 +214,8 @@ class Ranks:
             warnings.simplefilter("ignore")
             copies = self.config.replicate > 1
             mesh = self.mesh["replicate", over] if copies else self.mesh[over]
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=_free_side)
+        side = partial(_free_side, count=mesh.shape[-1])
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=side)
 
 
 def _join(backend: str) -> None:
@@ -267,11 +269,23 @@ def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, *sides: Shard) -
     setattr(module, name, nn.Parameter(spread, requires_grad=weight.requires_grad))
 
 
-def _free_side(weight: nn.Parameter) -> Shard:
-    """The first side that experts and tensors leave whole; only side 0 need not come out even."""
+def free_side(shape: Sequence[int], taken: Container[int], count: int) -> int:
+    """The side of a weight that `count` ranks divide, of those that experts and tensors leave.
+
+    It is side 0, which need not come out even, unless much of it would be padding (2 experts on 64
+    ranks) and another side comes out even.
+    """
+    free = [side for side in range(len(shape)) if side not in taken]
+    padded = -(-shape[0] // count) * count
+    if free[0] or 8 * padded <= 9 * shape[0]:
+        return free[0]
+    return next((side for side in free if shape[side] % count == 0), 0)
+
+
+def _free_side(weight: nn.Parameter, count: int) -> Shard:
     sides = weight.placements if isinstance(weight, DTensor) else ()
     taken = {side.dim for side in sides if isinstance(side, Shard)}
-    return Shard(next(side for side in range(weight.ndim) if side not in taken))
+    return Shard(free_side(weight.shape, taken, count))
 
 
 def _contexts(kind: str) -> Any:

@@ -6,9 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mmpt.__main__ import main
-from mmpt.config import UserError
 from mmpt.model.config import ModelConfig
-from mmpt.plan import plan
 from mmpt.plan.mup import check_coordinates, slope, widened
 from mmpt.plan.steplaw import best_batch, best_rate
 from mmpt.train.optim import OptimConfig
@@ -34,11 +32,6 @@ def test_suggestions_stand_beside_what_the_recipe_has(capsys):
     layer = 144 * 240 + 144 * 144 + 3 * 144 * 320 + 2 * 144 + 2 * 144 + 2 * 24
     assert parameters == 4 * layer + 144
     assert found["step law"]["lr"] == pytest.approx(best_rate(parameters, 6_144_000), rel=0.05)
-
-
-def test_nothing_to_plan_is_refused():
-    with pytest.raises(UserError, match="--suggest"):
-        plan(RECIPE)
 
 
 def test_a_slope_is_the_exponent_of_the_width():
