@@ -89,7 +89,7 @@ VERBS = {
     "plan": (
         "mmpt.plan:plan",
         "say before a run what its numbers should be",
-        "examples/recipes/tiny.toml --suggest",
+        "examples/recipes/tiny.toml --gpus 8",
     ),
     "train": (
         "mmpt.train.pretrain:train_command",

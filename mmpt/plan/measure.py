@@ -31,7 +31,8 @@ from mmpt.plan.traffic import Layout, messages
 from mmpt.plan.workload import Workload
 from mmpt.process import one_thread
 from mmpt.stream import Segment
-from mmpt.train.loop import Trainer, pretrainer
+from mmpt.train.loop import Trainer
+from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe, fit_model
 from mmpt.vocab import MEDIA, Modality, Vocabulary
 
