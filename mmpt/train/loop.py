@@ -40,6 +40,7 @@ from mmpt.train.clock import Laps
 from mmpt.train.ema import Average
 from mmpt.train.guard import Guard
 from mmpt.train.loss import Losses, NextToken, Objective
+from mmpt.train.memory import keep_freed
 from mmpt.train.metrics import (
     Log,
     Metrics,
@@ -180,6 +181,8 @@ class Trainer:
         self.objective = objective
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
+        if self.device.type == "cpu":
+            keep_freed()
         self.model = self._build(build, initialise).train()
         self.loader = Loader(
             recipe.data,
