@@ -22,6 +22,8 @@ from mmpt.model.collectives import enter, exchange, exchange_counts, leave, loca
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.vocab import Modality
 
+ROW_STEP = 32  # rows of an expert, see `_row_step`
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -100,35 +102,73 @@ def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torc
     return _Permute.apply(x, order, inverse)  # type: ignore[return-value] # apply is untyped
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the N copies of ids stand, sorted by expert, with P - N places that nobody reads."""
+
+    order_P: torch.Tensor  # the copy at each place; any where nobody reads
+    inverse_N: torch.Tensor  # the place of each copy
+    counts_E: torch.Tensor  # places of each expert
+
+    @classmethod
+    def plan(cls, expert_N: torch.Tensor, counts_E: torch.Tensor, *, step: int) -> "_Places":
+        """step: what the places of an expert are a multiple of."""
+        order = torch.argsort(expert_N, stable=True)
+        if step == 1:
+            return cls(order, invert(order), counts_E)
+        longer_E = (counts_E + (step - 1)) // step * step
+        shift_E = longer_E.cumsum(0) - longer_E - counts_E.cumsum(0) + counts_E
+        place_N = torch.arange(len(order), device=order.device) + shift_E[expert_N[order]]
+        order_P = order.new_zeros(int(longer_E.sum())).index_copy_(0, place_N, order)
+        inverse_N = torch.empty_like(order).index_copy_(0, order, place_N)
+        return cls(order_P, inverse_N, longer_E)
+
+
+def _row_step(x: torch.Tensor) -> int:
+    """On CPUs each new shape of a bf16 product is compiled, which takes longer than the product.
+
+    Decoding has few shapes, and few rows.
+    """
+    training = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return ROW_STEP if training else 1
+
+
+def _lengthen(x_GD: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros at the end, so that their number is one of few."""
+    return F.pad(x_GD, (0, 0, 0, -len(x_GD) % _row_step(x_GD)))
+
+
 class _Scatter(torch.autograd.Function):
-    """Copies of the rows of x for their experts: `row_N` names the row of each copy."""
+    """Copies of the rows of x at the places of their experts: `row_P` names the row."""
 
     @staticmethod
-    def forward(ctx, x_GD, row_N, inverse_GC):  # type: ignore[override] # torch's own signature is *args
+    def forward(ctx, x_GD, row_P, inverse_GC):  # type: ignore[override] # torch's own signature is *args
         ctx.save_for_backward(inverse_GC)
-        return x_GD.index_select(0, row_N)
+        return x_GD.index_select(0, row_P)
 
     @staticmethod
-    def backward(ctx, gradient_ND):  # type: ignore[override] # torch's own signature is *args
+    def backward(ctx, gradient_PD):  # type: ignore[override] # torch's own signature is *args
         (inverse_GC,) = ctx.saved_tensors
-        return _sum_copies(gradient_ND, inverse_GC), None, None
+        return _sum_copies(gradient_PD, inverse_GC), None, None
 
 
 class _Gather(torch.autograd.Function):
     """The sum of what the experts made of each row, times their gates: undoes `_Scatter`."""
 
     @staticmethod
-    def forward(ctx, y_ND, gates_GC, order_N, row_N, inverse_GC):  # type: ignore[override] # torch's own signature is *args
-        ctx.save_for_backward(y_ND, gates_GC, order_N, row_N, inverse_GC)
-        return _sum_copies(y_ND, inverse_GC, gates_GC)
+    def forward(ctx, y_PD, gates_GC, row_P, inverse_GC):  # type: ignore[override] # torch's own signature is *args
+        ctx.save_for_backward(y_PD, gates_GC, row_P, inverse_GC)
+        return _sum_copies(y_PD, inverse_GC, gates_GC)
 
     @staticmethod
     def backward(ctx, gradient_GD):  # type: ignore[override] # torch's own signature is *args
-        y_ND, gates_GC, order_N, row_N, inverse_GC = ctx.saved_tensors
-        gradient_ND = gradient_GD.to(gates_GC.dtype).index_select(0, row_N)
-        for_gates_N = (gradient_ND * y_ND.to(gates_GC.dtype)).sum(-1)
-        gradient_ND *= gates_GC.flatten()[order_N, None]
-        return gradient_ND.to(y_ND.dtype), for_gates_N[inverse_GC], None, None, None
+        y_PD, gates_GC, row_P, inverse_GC = ctx.saved_tensors
+        gradient_PD = gradient_GD.to(gates_GC.dtype).index_select(0, row_P)
+        for_gates_P = (gradient_PD * y_PD.to(gates_GC.dtype)).sum(-1)
+        gates_P = gates_GC.new_zeros(len(row_P))  # nothing comes back from unread places
+        gates_P[inverse_GC.flatten()] = gates_GC.flatten()
+        gradient_PD *= gates_P[:, None]
+        return gradient_PD.to(y_PD.dtype), for_gates_P[inverse_GC], None, None
 
 
 def _sum_copies(
@@ -220,16 +260,17 @@ class Experts(nn.Module):
         low_GD = x_GD.to(_product_dtype(x_GD))
         if self.router is None:
             self._count(len(x_GD))
-            return self.bank(low_GD, torch.tensor([len(x_GD)]))
+            return self.bank(_lengthen(low_GD), torch.tensor([len(x_GD)]))[: len(x_GD)]
         gates_GC, chosen_GC = self._route(x_GD)
         flat = chosen_GC.flatten()
         counts = torch.bincount(flat, minlength=self.num_experts)
         self._count(counts)
-        order_N = torch.argsort(flat, stable=True)
-        inverse_GC, row_N = invert(order_N).view_as(chosen_GC), order_N // self.num_active
-        sorted_ND: torch.Tensor = _Scatter.apply(low_GD, row_N, inverse_GC)  # type: ignore[assignment] # apply is untyped
-        y_ND = self._compute(sorted_ND, counts)
-        return _Gather.apply(y_ND, gates_GC, order_N, row_N, inverse_GC)  # type: ignore[return-value] # apply is untyped
+        place = _Places.plan(flat, counts, step=_row_step(low_GD))
+        inverse_GC = place.inverse_N.view_as(chosen_GC)
+        row_P = place.order_P // self.num_active
+        sorted_PD: torch.Tensor = _Scatter.apply(low_GD, row_P, inverse_GC)  # type: ignore[assignment] # apply is untyped
+        y_PD = self._compute(sorted_PD, place.counts_E)
+        return _Gather.apply(y_PD, gates_GC, row_P, inverse_GC)  # type: ignore[return-value] # apply is untyped
 
     def _compute(self, x_ND: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert through their experts, wherever those are."""
