@@ -196,7 +196,8 @@ def test_places_that_nobody_reads_change_nothing(
         num_active=active,
         router=router,  # type: ignore[arg-type] # one of the two
     )
-    config = ModelConfig(vocab_size=8, width=16, expert_hidden=24, groups={"all": group})
+    sizes = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "expert_hidden": 24}
+    config = ModelConfig(vocab_size=8, groups={"all": group}, **sizes)
     layer = Experts(config, group)
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(1))
