@@ -21,7 +21,14 @@ PARTS = 3  # that the repetitions are dealt into, for the bounds
 # seconds of one repetition; what is faster is run several times in it. Short, so that some of them
 # are not interrupted on a busy machine
 SHORTEST = 5e-4
-PACKAGES = ("mmpt", "torch", "vector-quantize-pytorch", "webdataset", "megatron-energon")
+PACKAGES = (
+    "mmpt",
+    "torch",
+    "vector-quantize-pytorch",
+    "webdataset",
+    "megatron-energon",
+    "transformers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ documents alone.
 Legend: N ids (batch x row), G ids of a group, D width, E experts, C experts per id, F hidden width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ from mmpt.config import UserError
 from mmpt.model.collectives import enter, exchange, exchange_counts, leave, local
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.vocab import Modality
+
+ROW_STEP = 32  # rows of an expert, see `_row_step`
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,90 @@ def permute(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torc
     return _Permute.apply(x, order, inverse)  # type: ignore[return-value] # apply is untyped
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where the N copies of ids stand, sorted by expert, with P - N places that nobody reads."""
+
+    order_P: torch.Tensor  # the copy at each place; any where nobody reads
+    inverse_N: torch.Tensor  # the place of each copy
+    counts_E: torch.Tensor  # places of each expert
+
+    @classmethod
+    def plan(cls, expert_N: torch.Tensor, counts_E: torch.Tensor, *, step: int) -> "_Places":
+        """step: what the places of an expert are a multiple of."""
+        order = torch.argsort(expert_N, stable=True)
+        if step == 1:
+            return cls(order, invert(order), counts_E)
+        longer_E = (counts_E + (step - 1)) // step * step
+        shift_E = longer_E.cumsum(0) - longer_E - counts_E.cumsum(0) + counts_E
+        place_N = torch.arange(len(order), device=order.device) + shift_E[expert_N[order]]
+        order_P = order.new_zeros(int(longer_E.sum())).index_copy_(0, place_N, order)
+        inverse_N = torch.empty_like(order).index_copy_(0, order, place_N)
+        return cls(order_P, inverse_N, longer_E)
+
+
+def _row_step(x: torch.Tensor) -> int:
+    """On CPUs each new shape of a bf16 product is compiled, which takes longer than the product.
+
+    Decoding has few shapes, and few rows.
+    """
+    training = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return ROW_STEP if training else 1
+
+
+def _lengthen(x_GD: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros at the end, so that their number is one of few."""
+    return F.pad(x_GD, (0, 0, 0, -len(x_GD) % _row_step(x_GD)))
+
+
+class _Scatter(torch.autograd.Function):
+    """Copies of the rows of x at the places of their experts: `row_P` names the row."""
+
+    @staticmethod
+    def forward(ctx, x_GD, row_P, inverse_GC):  # type: ignore[override] # torch's own signature is *args
+        ctx.save_for_backward(inverse_GC)
+        return x_GD.index_select(0, row_P)
+
+    @staticmethod
+    def backward(ctx, gradient_PD):  # type: ignore[override] # torch's own signature is *args
+        (inverse_GC,) = ctx.saved_tensors
+        return _sum_copies(gradient_PD, inverse_GC), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The sum of what the experts made of each row, times their gates: undoes `_Scatter`."""
+
+    @staticmethod
+    def forward(ctx, y_PD, gates_GC, row_P, inverse_GC):  # type: ignore[override] # torch's own signature is *args
+        ctx.save_for_backward(y_PD, gates_GC, row_P, inverse_GC)
+        return _sum_copies(y_PD, inverse_GC, gates_GC)
+
+    @staticmethod
+    def backward(ctx, gradient_GD):  # type: ignore[override] # torch's own signature is *args
+        y_PD, gates_GC, row_P, inverse_GC = ctx.saved_tensors
+        gradient_PD = gradient_GD.to(gates_GC.dtype).index_select(0, row_P)
+        for_gates_P = (gradient_PD * y_PD.to(gates_GC.dtype)).sum(-1)
+        gates_P = gates_GC.new_zeros(len(row_P))  # nothing comes back from unread places
+        gates_P[inverse_GC.flatten()] = gates_GC.flatten()
+        gradient_PD *= gates_P[:, None]
+        return gradient_PD.to(y_PD.dtype), for_gates_P[inverse_GC], None, None
+
+
+def _sum_copies(
+    x_ND: torch.Tensor, inverse_GC: torch.Tensor, gates_GC: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Summed in float32 or better; one copy of all rows after another, which stays in the cache."""
+    exact = torch.promote_types(x_ND.dtype, torch.float32)
+    total_GD: torch.Tensor | None = None
+    for number, place_G in enumerate(inverse_GC.unbind(1)):
+        part_GD = x_ND.index_select(0, place_G).to(exact)
+        if gates_GC is not None:
+            part_GD *= gates_GC[:, number, None]
+        total_GD = part_GD if total_GD is None else total_GD.add_(part_GD)
+    assert total_GD is not None
+    return total_GD.to(x_ND.dtype)
+
+
 class Bank(nn.Module):
     """The weights of a group's experts; of some of them where others are on other ranks.
 
@@ -112,12 +198,43 @@ class Bank(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.tensor_group: ProcessGroup | None = None  # ranks that share the hidden width
 
-    def forward(self, x_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """x sorted by expert, `counts` rows for each -> what the experts make of their rows."""
+    def forward(self, x_ND: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """x sorted by expert, `counts` (E,) rows for each -> what the experts make of them."""
         x_ND = enter(x_ND, self.tensor_group)
-        gate_up, down = local(self.gate_up).flatten(2), local(self.down)
-        parts = zip(x_ND.split(list(counts)), gate_up.unbind(), down.unbind(), strict=True)
-        return leave(torch.cat([_swiglu(*part) for part in parts]), self.tensor_group)
+        gate_up, down = (local(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
+        y_ND = _products(_SwiGLU.apply(_products(x_ND, gate_up.flatten(2), counts)), down, counts)
+        return leave(y_ND, self.tensor_group)
+
+
+def _products(x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """Rows sorted by expert, each times the matrix of its expert."""
+    if len(w_EDF) == 1:
+        return x_ND @ w_EDF[0]
+    even = x_ND.shape[1] % 8 == w_EDF.shape[2] % 8 == 0  # as it needs its rows to lie
+    if x_ND.dtype == torch.bfloat16 and even:  # in others it is no faster than a loop
+        return F.grouped_mm(x_ND, w_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
+    parts = zip(x_ND.split(counts_E.tolist()), w_EDF.unbind(), strict=True)
+    return torch.cat([x @ w for x, w in parts])
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of both side by side; its gradient is written in one piece."""
+
+    @staticmethod
+    def forward(ctx, x_N2F):  # type: ignore[override] # torch's own signature is *args
+        ctx.save_for_backward(x_N2F)
+        gate, up = x_N2F.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override] # torch's own signature is *args
+        (x_N2F,) = ctx.saved_tensors
+        gate, up = x_N2F.chunk(2, dim=-1)
+        out = torch.empty_like(x_N2F)
+        for_gate, for_up = out.chunk(2, dim=-1)
+        torch.mul(gradient, F.silu(gate), out=for_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=for_gate)
+        return out
 
 
 class Experts(nn.Module):
@@ -142,24 +259,25 @@ class Experts(nn.Module):
 
     def forward(self, x_GD: torch.Tensor) -> torch.Tensor:
         """Also runs on no ids at all while training: absent groups get zero gradients, not None."""
+        low_GD = x_GD.to(_product_dtype(x_GD))
         if self.router is None:
             self._count(len(x_GD))
-            return self.bank(x_GD, [len(x_GD)])
+            return self.bank(_lengthen(low_GD), torch.tensor([len(x_GD)]))[: len(x_GD)]
         gates_GC, chosen_GC = self._route(x_GD)
         flat = chosen_GC.flatten()
         counts = torch.bincount(flat, minlength=self.num_experts)
         self._count(counts)
-        order = torch.argsort(flat, stable=True)
-        inverse = invert(order)
-        repeated = x_GD.repeat_interleave(self.num_active, 0) if self.num_active > 1 else x_GD
-        y = permute(self._compute(permute(repeated, order, inverse), counts), inverse, order)
-        y_GCD = y.unflatten(0, chosen_GC.shape) * gates_GC[..., None]
-        return y_GCD.sum(1).to(y.dtype)
+        place = _Places.plan(flat, counts, step=_row_step(low_GD))
+        inverse_GC = place.inverse_N.view_as(chosen_GC)
+        row_P = place.order_P // self.num_active
+        sorted_PD: torch.Tensor = _Scatter.apply(low_GD, row_P, inverse_GC)  # type: ignore[assignment] # apply is untyped
+        y_PD = self._compute(sorted_PD, place.counts_E)
+        return _Gather.apply(y_PD, gates_GC, row_P, inverse_GC)  # type: ignore[return-value] # apply is untyped
 
     def _compute(self, x_ND: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert through their experts, wherever those are."""
         if self.expert_group is None:
-            return self.bank(x_ND, counts.tolist())
+            return self.bank(x_ND, counts)
         sent_RE = counts.view(self.expert_group.size(), -1)
         received_RE = exchange_counts(sent_RE, self.expert_group)
         sent, received = sent_RE.sum(1).tolist(), received_RE.sum(1).tolist()
@@ -169,7 +287,7 @@ class Experts(nn.Module):
         number = experts.repeat(len(received)).repeat_interleave(received_RE.flatten())
         order = torch.argsort(number, stable=True)
         inverse = invert(order)
-        y_MD = self.bank(permute(x_MD, order, inverse), received_RE.sum(0).tolist())
+        y_MD = self.bank(permute(x_MD, order, inverse), received_RE.sum(0))
         return exchange(permute(y_MD, inverse, order), received, sent, self.expert_group)
 
     def _route(self, x_GD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,9 +322,10 @@ class Experts(nn.Module):
         self.scores.zero_()
 
 
-def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    gate, up = (x @ gate_up).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ down
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """That of matrix products: autocast does not know grouped ones."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class ModalityMoE(nn.Module):

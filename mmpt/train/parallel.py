@@ -322,6 +322,7 @@ def _keep_products(context: Any, function: Any, *args: Any, **options: Any) -> C
         aten.mm.default,
         aten.bmm.default,
         aten.addmm.default,
+        aten._grouped_mm.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,

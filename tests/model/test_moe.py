@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from mmpt.config import UserError
+from mmpt.model import moe
+from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
 from mmpt.vocab import Modality
 
@@ -181,3 +183,31 @@ def test_noisy_ids_without_a_noisy_group_are_refused(make_config):
     group = group_table(config)[1, torch.tensor([[1, 3]])]
     with pytest.raises(UserError, match="no noisy group"):
         Dispatch.plan(group, config)
+
+
+@pytest.mark.parametrize("router", ["hard", "token_choice"])
+def test_places_that_nobody_reads_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
+    experts, active = (1, 1) if router == "hard" else (4, 2)
+    group = GroupConfig(
+        modalities=("text", "image", "video", "speech"),
+        num_experts=experts,
+        num_active=active,
+        router=router,  # type: ignore[arg-type] # one of the two
+    )
+    sizes = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "expert_hidden": 24}
+    config = ModelConfig(vocab_size=8, groups={"all": group}, **sizes)
+    layer = Experts(config, group)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(37, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    made = []
+    for step in (1, 32):
+        monkeypatch.setattr(moe, "ROW_STEP", step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        weights = [x, *layer.parameters()]
+        made.append([y, *torch.autograd.grad(y.float().square().sum(), weights)])
+    for plain, longer in zip(*made, strict=True):
+        torch.testing.assert_close(longer, plain, rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""Three steps of a small model as one rank of several, by every layout that so many ranks can have.
+"""Three steps of a small model as one rank of several, by layouts that so many ranks can have.
 
 `python golden.py RECIPE OUT CASES.json` writes `OUT/LAYOUT-RANKS-OPTIMISER-RANK.pt` for each:
 losses and the gradients of the first step, whole, and which media each rank saw.
@@ -87,26 +87,24 @@ def three_steps(recipe: TrainRecipe, folder: Path, kind: str) -> dict[str, objec
 def run(
     rank: int,
     count: int,
-    layouts: dict[str, dict[str, Any]],
-    kinds: list[str],
+    cases: list[tuple[str, dict[str, Any], int, str]],
     recipe: TrainRecipe,
     out: Path,
 ) -> None:
-    """All layouts of `count` ranks, as one of them."""
+    """The cases of `count` ranks, as one of them."""
     with joined(rank, count):
-        for name, layout in layouts.items():
-            for kind in kinds:
-                laid_out = replace(recipe, parallel=ParallelConfig(**layout))
-                result = three_steps(laid_out, out / f"{name}-{count}-{kind}", kind)
-                torch.save(result, out / f"{name}-{count}-{kind}-{rank}.pt")
+        for name, layout, _, kind in cases:
+            laid_out = replace(recipe, parallel=ParallelConfig(**layout))
+            result = three_steps(laid_out, out / f"{name}-{count}-{kind}", kind)
+            torch.save(result, out / f"{name}-{count}-{kind}-{rank}.pt")
 
 
 def main() -> None:
     recipe, out = load_recipe(TrainRecipe, sys.argv[1]), Path(sys.argv[2])
     cases = json.loads(Path(sys.argv[3]).read_text())
     Decoder.from_config(recipe.model, seed=recipe.seed).save(out / "model")
-    for count, layouts in cases["layouts"].items():
-        fork(run, int(count), layouts, cases["kinds"], recipe, out)
+    for count in sorted({case[2] for case in cases}):
+        fork(run, count, [case for case in cases if case[2] == count], recipe, out)
 
 
 if __name__ == "__main__":
