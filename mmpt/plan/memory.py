@@ -97,7 +97,7 @@ def kept_of_layer(work: Workload, layout: Layout, recompute: str) -> float:
     norms = stream * (4 if cpu else 2)  # GPUs have one kernel for it
     attention = 2 * a * width + (2 if cpu else 1) * WIDE * (width + keys) / t
     attention += 4 * attended * width / t + attended * work.recipe.data.length  # and its mask
-    experts = stream + active * 2 * a * width + 4 * a * hidden / t
+    experts = stream + active * 2 * a * width + 3 * a * hidden / t
     return norms + attention + experts
 
 

@@ -157,9 +157,8 @@ def _of_experts(work: Workload, layout: Layout) -> Iterator[Message]:
     for group in model.groups.values():
         if group.num_experts > 1:
             rows = ids * work.share_of(group) * group.num_active * model.width
-            # there in float32, as the stream is; back as products give it; gradients likewise
-            yield Message("all-to-all", "expert", rows * WIDE, count * (2 + again))
-            yield Message("all-to-all", "expert", rows * work.products, count * (2 + again))
+            # there and back as products take and give it; gradients likewise
+            yield Message("all-to-all", "expert", rows * work.products, 2 * count * (2 + again))
             yield Message("all-to-all", "expert", 8 * group.num_experts, count * (1 + again))
 
 
@@ -175,8 +174,7 @@ def _of_tensors(work: Workload, layout: Layout) -> Iterator[Message]:
     yield Message("all-reduce", "tensor", WIDE * model.head_width, 2 * count)  # of QK-norm
     for group in model.groups.values():
         rows = ids * work.share_of(group) * group.num_active * model.width
-        yield Message("all-reduce", "tensor", rows * work.products, forward)
-        yield Message("all-reduce", "tensor", rows * WIDE, count)
+        yield Message("all-reduce", "tensor", rows * work.products, forward + count)
 
 
 def _of_muon(work: Workload, layout: Layout) -> Iterator[Message]:

@@ -34,7 +34,7 @@ from mmpt.vocab import Modality
 
 RECIPE = Path("examples/recipes/tiny.toml")
 H100 = MACHINES["h100"]
-ROWS, LENGTH = 2, 96
+ROWS, LENGTH = 8, 96
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
