@@ -1,8 +1,8 @@
 """Kill a training of two ranks at random steps with SIGKILL, resume it, and compare.
 
-`python tests/train/kill_and_resume.py RECIPE OUT --points 5` (a recipe of a small model): resumed
-on two ranks, the weights must be bit-equal to those of a run that was not killed; on one and on
-four, the rows byte-equal and the losses within 1e-5. Then experts go from 4 ranks to 1 to 2.
+`python tests/train/kill_and_resume.py RECIPE OUT --points 5` (a small model, data.streams = 4):
+resumed on two ranks, the weights must be bit-equal to those of a run that was not killed; on one
+and on four, the rows byte-equal and the losses within 1e-5. Then experts go from 4 ranks to 1 to 2.
 """
 
 import argparse
