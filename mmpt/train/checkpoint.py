@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
-from mmpt.model.weights import (
-    files_of,
-    write_parts,
-)
+from mmpt.model.weights import files_of, write_parts
 from mmpt.processor import FILE as PROCESSOR_FILE
 from mmpt.processor import ProcessorSettings
 from mmpt.vocab import Vocabulary
@@ -141,7 +138,7 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _try(self, act: Any, *arguments: Any) -> str | None:
+    def _try(self, act: Callable[..., None], *arguments: Any) -> str | None:
         """Why it failed, on whichever rank; all ranks hear of it."""
         reason = None
         try:
@@ -275,6 +272,7 @@ def _step(path: Path) -> int:
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

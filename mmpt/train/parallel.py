@@ -14,8 +14,8 @@ so that weights which see the ids of all ranks (experts) and of one (the others)
 
 import os
 import warnings
-from collections.abc import Container, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -297,22 +297,15 @@ def _contexts(kind: str) -> Any:
 
     def selective() -> tuple[Any, Any]:
         forward, again = create_selective_checkpoint_contexts(_keep_products)
-        return forward, _Both(again, recomputing())
+        return forward, _repeating(again)
 
     return selective
 
 
-class _Both:
-    def __init__(self, *contexts: Any) -> None:
-        self._contexts = contexts
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
+@contextmanager
+def _repeating(kept: Any) -> Iterator[None]:
+    with kept, recomputing():
+        yield
 
 
 def _keep_products(context: Any, function: Any, *args: Any, **options: Any) -> CheckpointPolicy:
