@@ -1,6 +1,8 @@
 """A model and a run so small that a step takes milliseconds."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,8 @@ import torch
 from mmpt.data.loader import DataConfig, SourceConfig
 from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
+from mmpt.train.loop import Trainer
+from mmpt.train.loss import NextToken
 from mmpt.train.optim import OptimConfig
 from mmpt.train.recipe import TrainRecipe, fit_model
 
@@ -86,3 +90,48 @@ def tensors_equal():
         return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
     return equal
+
+
+class Poisoned(NextToken):
+    """The next-id objective, not finite at some calls."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def losses(self, model, batch):
+        self.calls += 1
+        losses = super().losses(model, batch)
+        if self.calls in self.bad:
+            losses.total = losses.total * float("nan")
+        return losses
+
+
+@pytest.fixture
+def poisoned(vocabulary):
+    """A run whose loss is NaN at some of its batches, counted from when it was opened."""
+
+    def open_run(recipe, folder, *, bad):
+        return Trainer(
+            recipe,
+            folder,
+            build=lambda: Decoder.from_config(recipe.model, seed=recipe.seed),
+            vocabulary=vocabulary,
+            objective=Poisoned(bad),
+        )
+
+    return open_run
+
+
+@pytest.fixture
+def limit_files():
+    """Sets the largest size of a file, None for none: larger writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -1,7 +1,4 @@
 import json
-import resource
-import signal
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -154,30 +151,20 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, save):
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tmp_path, trained, vocabulary):
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(
+    tmp_path, trained, vocabulary, limit_files
+):
     model, optimizer = trained
     saved = Checkpoints(tmp_path)
     saved.save(model, optimizer, moment(1, vocabulary))
     saved.save(model, optimizer, moment(2, vocabulary))
-    with limited_files():
-        saved.begin(model, optimizer, moment(3, vocabulary))
-        reason = saved.wait()
+    limit_files(4096)
+    saved.begin(model, optimizer, moment(3, vocabulary))
+    reason = saved.wait()
+    limit_files(None)
     assert "cannot write checkpoint" in reason
     assert "\n" not in reason
     assert saved.failed == 1
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "2"]
     saved.save(model, optimizer, moment(3, vocabulary))
     assert latest(tmp_path).name.endswith("3")
-
-
-@contextmanager
-def limited_files():
-    """Files of at most 4 KiB: larger writes fail with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)

@@ -10,8 +10,7 @@ from mmpt.model.transformer import Decoder
 from mmpt.process import pick_device
 from mmpt.processor import ProcessorSettings
 from mmpt.train.checkpoint import latest, list_checkpoints
-from mmpt.train.loop import Trainer
-from mmpt.train.loss import NextToken
+from mmpt.train.export import export
 from mmpt.train.pretrain import pretrainer, train, train_command
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 
@@ -103,6 +102,38 @@ def test_a_signal_ends_a_run_with_a_loadable_checkpoint(
     Decoder.load(result.checkpoint, vocabulary=vocabulary)
 
 
+def test_a_signal_that_the_time_is_up_asks_slurm_for_the_job_again(tmp_path, run, monkeypatch):
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+
+    def stop(number):
+        return lambda metrics: metrics["step"] == 2 and signal.raise_signal(number)
+
+    run(tmp_path / "ended", on_step=stop(signal.SIGTERM))
+    assert not asked.exists()
+    run(tmp_path / "again", on_step=stop(signal.SIGUSR1))
+    assert asked.read_text() == "requeue 123\n"
+
+
+def test_averaged_weights_are_kept_resumed_and_exported(tmp_path, run, another, tensors_equal):
+    recipe = another(ema=0.9)
+    run(tmp_path / "stopped", recipe, on_step=stop_at(5))
+    run(tmp_path / "stopped", recipe)
+    run(tmp_path / "whole", recipe)
+    for name in ("stopped", "whole"):
+        export(tmp_path / name, out=tmp_path / f"{name}-average", average=True)
+    averages = [
+        Decoder.load(tmp_path / f"{name}-average").state_dict() for name in ("stopped", "whole")
+    ]
+    assert tensors_equal(*averages)
+    assert not tensors_equal(averages[0], weights(tmp_path / "whole"))
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path, run):
     first = run(tmp_path / "run")
     again = run(tmp_path / "run")
@@ -163,33 +194,8 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path, run, another):
     assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
-class Poisoned(NextToken):
-    """The next-id objective, not finite at some calls."""
-
-    def __init__(self, bad):
-        super().__init__()
-        self.bad, self.calls = bad, 0
-
-    def losses(self, model, batch):
-        self.calls += 1
-        losses = super().losses(model, batch)
-        if self.calls in self.bad:
-            losses.total = losses.total * float("nan")
-        return losses
-
-
-def poisoned(recipe, folder, vocabulary, bad):
-    return Trainer(
-        recipe,
-        folder,
-        build=lambda: Decoder.from_config(recipe.model, seed=recipe.seed),
-        vocabulary=vocabulary,
-        objective=Poisoned(bad),
-    )
-
-
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, vocabulary):
-    trainer = poisoned(recipe, tmp_path / "run", vocabulary, bad={2})
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, poisoned):
+    trainer = poisoned(recipe, tmp_path / "run", bad={2})
     trainer.step()
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     metrics = trainer.step()
@@ -201,9 +207,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, voc
     assert trainer.guard.in_a_row == 0
 
 
-def test_too_many_bad_steps_stop_the_run_in_one_line(tmp_path, another, vocabulary):
+def test_too_many_bad_steps_stop_the_run_in_one_line(tmp_path, another, poisoned):
     recipe = another(max_bad_steps=3)
-    trainer = poisoned(recipe, tmp_path / "run", vocabulary, bad={6, 7, 8})
+    trainer = poisoned(recipe, tmp_path / "run", bad={6, 7, 8})
     with pytest.raises(UserError, match="3 steps in a row were skipped") as error:
         trainer.run(progress=False)
     assert "step-00000004" in str(error.value)

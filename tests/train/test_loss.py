@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmpt.stream import Rows, StreamBuilder
-from mmpt.train.loss import NextToken, cross_entropy
+from mmpt.train.loss import MAX_LOGITS, NextToken, cross_entropy
 from mmpt.vocab import Modality
 
 
@@ -149,3 +151,28 @@ def test_weights_by_modality_count(model, rows):
     assert sum(part.total for part in parts).item() == pytest.approx(whole.total.item())
     for modality, part in zip(Modality, parts, strict=True):
         assert part.counts.sum() == part.counts[modality]
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything gave, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        self.elements = max([self.elements, *(each.numel() for each in tensors)])
+        return out
+
+
+def test_logits_of_a_large_vocabulary_are_never_whole():
+    hidden = torch.randn(200, 4, requires_grad=True)
+    head = torch.randn(280_000, 4, requires_grad=True)
+    targets, weights = torch.arange(200), torch.ones(200)
+    with Largest() as seen:
+        total, _ = cross_entropy(hidden, head, targets, weights)
+        total.backward()
+    assert seen.elements <= MAX_LOGITS < 200 * 280_000
+    assert head.grad is not None

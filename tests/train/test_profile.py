@@ -1,5 +1,4 @@
 import json
-import resource
 import signal
 
 import pytest
@@ -61,20 +60,14 @@ def test_the_recipe_says_which_steps_and_a_run_may_end_before(tmp_path, run):
         run(profile=(2,))
 
 
-def test_a_full_disk_stops_no_training(tmp_path, run, caplog):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+def test_a_full_disk_stops_no_training(tmp_path, run, caplog, limit_files):
     def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, before[1]))
+        limit_files(1 << 15)
         signal.raise_signal(signal.SIGUSR2)
 
-    try:
-        with pytest.raises(UserError, match="cannot write checkpoint"):  # the last one of all
-            run(when=fill, checkpoint_every=100, steps=5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(UserError, match="cannot write checkpoint"):  # the last one of all
+        run(when=fill, checkpoint_every=100, steps=5)
+    limit_files(None)
     assert caplog.text.count("training goes on") == 1
     assert "step-3-rank-0.json" not in names(tmp_path)
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
