@@ -6,6 +6,7 @@ starves, and fills it with the longest that still fit; `FirstFit` fills it with 
 after row and cuts where a row ends. Nothing cuts a media span, unless it is longer than a row.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class PackReport:
         return total
 
 
-class Packer:
+class Packer(ABC):
     """A buffer of pieces from which rows are taken; the choice depends on nothing else.
 
     buffer: pieces to choose from. quotas: medium -> the most ids of it in a row; what would break
@@ -129,17 +130,17 @@ class Packer:
     def _take(self, key: int) -> Piece:
         return self._pieces.pop(key)
 
+    @abstractmethod
     def _fill(self) -> list[Piece]:
         """Take the pieces of a row out of the buffer, which is not empty."""
-        raise NotImplementedError
 
 
 class Fitting(Packer):
     """Starts a row with the oldest piece, and fills it with those that still fit."""
 
+    @abstractmethod
     def _next(self, room: int, left: list[int] | None) -> int | None:
         """The key of the next piece of a row with this room, and this left of each quota."""
-        raise NotImplementedError
 
     def _fill(self) -> list[Piece]:
         pieces = [self._take(next(iter(self._pieces)))]
