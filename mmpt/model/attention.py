@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from mmpt.model.cache import LayerCache
 from mmpt.model.collectives import enter, leave, local
 from mmpt.model.config import ModelConfig
+from mmpt.model.float8 import Linear
 
 CHUNK = 64  # queries of a piece
 
@@ -194,6 +195,7 @@ class Attention(nn.Module):
         self.noisy_in: LowRank | None = None
         self.noisy_out: LowRank | None = None
         self.tensor_group: ProcessGroup | None = None  # ranks that share the heads
+        self.linear: Linear = F.linear  # how projections multiply
 
     def add_noisy(self, rank: int) -> None:
         """Grow the low-rank weights of noisy ids; they change nothing until they are trained."""
@@ -213,7 +215,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """See `attend`; keys of `cache` come before those of x."""
         x_BTD = enter(x_BTD, self.tensor_group)
-        y = F.linear(x_BTD, local(self.project_in))
+        y = self.linear(x_BTD, local(self.project_in))
         if self.noisy_in is not None and noisy_index is not None:
             y = self.noisy_in(y, x_BTD, noisy_index)
         y_BTGHW = y.unflatten(-1, (-1, self.num_queries + 2, self.head_width))
@@ -225,7 +227,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         out = attend(q, k, v, pieces).transpose(1, 2).flatten(2)
-        z = F.linear(out, local(self.project_out))
+        z = self.linear(out, local(self.project_out))
         if self.noisy_out is not None and noisy_index is not None:
             z = self.noisy_out(z, out, noisy_index)
         return leave(z, self.tensor_group)

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from mmpt.config import UserError
 from mmpt.model.collectives import enter, exchange, exchange_counts, leave, local
 from mmpt.model.config import GroupConfig, ModelConfig
+from mmpt.model.float8 import Linear
 from mmpt.vocab import Modality
 
 ROW_STEP = 32  # rows of an expert, see `_row_step`
@@ -197,17 +198,24 @@ class Bank(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.tensor_group: ProcessGroup | None = None  # ranks that share the hidden width
+        self.linear: Linear | None = None  # how experts multiply, if not by grouped products
 
     def forward(self, x_ND: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """x sorted by expert, `counts` (E,) rows for each -> what the experts make of them."""
         x_ND = enter(x_ND, self.tensor_group)
         gate_up, down = (local(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
-        y_ND = _products(_SwiGLU.apply(_products(x_ND, gate_up.flatten(2), counts)), down, counts)
+        inner = _products(x_ND, gate_up.flatten(2), counts, self.linear)
+        y_ND = _products(_SwiGLU.apply(inner), down, counts, self.linear)
         return leave(y_ND, self.tensor_group)
 
 
-def _products(x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def _products(
+    x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor, linear: Linear | None
+) -> torch.Tensor:
     """Rows sorted by expert, each times the matrix of its expert."""
+    if linear is not None:
+        parts = zip(x_ND.split(counts_E.tolist()), w_EDF.unbind(), strict=True)
+        return torch.cat([linear(x, w.T) for x, w in parts])
     if len(w_EDF) == 1:
         return x_ND @ w_EDF[0]
     even = x_ND.shape[1] % 8 == w_EDF.shape[2] % 8 == 0  # as it needs its rows to lie

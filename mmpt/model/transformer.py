@@ -27,6 +27,7 @@ from mmpt.model.attention import Attention, Layout, Piece, RMSNorm, Rotary, plan
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig
+from mmpt.model.float8 import Linear
 from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
 from mmpt.model.weights import read_tensors, upgrade
 from mmpt.vocab import Modality, Vocabulary
@@ -196,6 +197,13 @@ class Decoder(nn.Module):
         for parameter in trained:
             parameter.requires_grad_()
         return trained
+
+    def multiply_by(self, linear: Linear) -> None:
+        """Compute the products of projections and experts by another function, such as in FP8."""
+        for layer in self._layers():
+            layer.attention.linear = linear
+            for experts in layer.experts.experts():
+                experts.bank.linear = linear
 
     @property
     def frozen_clean(self) -> bool:

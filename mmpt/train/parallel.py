@@ -154,7 +154,7 @@ class Ranks:
             assert isinstance(layer, Layer)
             layer.recompute = _contexts(self.config.recompute)
             if self.config.compile:
-                layer.attention.compile()
+                layer.attention.compile(fullgraph=True)
         if self.mesh is None:
             return model.to(self.device)
         for layer in model.layers:

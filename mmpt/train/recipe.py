@@ -40,7 +40,7 @@ class RunRecipe:
     loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
     accumulate: int = 1  # batches a step
     ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0: none
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     seed: int = 0
     checkpoint_every: int = 200  # steps
     keep: int = 2  # checkpoints, the newest ones
