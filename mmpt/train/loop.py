@@ -22,6 +22,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
+from mmpt.model.backends import check_backend
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
 from mmpt.train.checkpoint import (
@@ -84,7 +85,9 @@ class Trainer:
         check_installed(recipe.track)
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
+        check_backend(recipe.attention, self.device)
         self.model = self._build(build, initialise).train()
+        self.model.backend = recipe.attention
         self.loader = Loader(
             recipe.data,
             vocabulary,
