@@ -57,7 +57,11 @@ class Passes:
         def measure(rows: Rows) -> torch.Tensor:
             kept.clear()
             self.model(
-                rows.ids, modality=rows.modality, position=rows.position, document=rows.document
+                rows.ids,
+                modality=rows.modality,
+                position=rows.position,
+                document=rows.document,
+                axes=self.model.axes_of(rows),
             )
             weight = rows.loss_weight.double()
             sums = torch.einsum("btd,bt->bd", kept[0].double(), weight)

@@ -2,8 +2,10 @@
 
 `layout` says who sees whom, `rotary` where ids stand, `backends` how it is computed.
 
-Legend: B batch, T ids, D width, H heads, G key-value heads, W head width.
+Legend: B batch, T ids, N all ids (batch x row), D width, H heads, G key-value heads, W head width.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,54 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from mmpt.model.backends import Piece, attend
+from mmpt.model.backends import Attend
 from mmpt.model.cache import LayerCache
 from mmpt.model.collectives import enter, leave, local
 from mmpt.model.config import ModelConfig
 from mmpt.model.float8 import Linear
+from mmpt.model.moe import invert, permute
 from mmpt.model.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Flat positions of ids by the clean group of their medium, for weights that groups have."""
+
+    order: torch.Tensor  # int64 (N,)
+    inverse: torch.Tensor  # int64 (N,)
+    counts: tuple[int, ...]
+
+    @classmethod
+    def plan(cls, group: torch.Tensor, num_groups: int) -> "Sorted":
+        """Of numbers (B, T) of clean groups. One host sync on a GPU."""
+        order = torch.argsort(group.flatten(), stable=True)
+        counts = torch.bincount(group.flatten(), minlength=num_groups).tolist()
+        return cls(order, invert(order), tuple(counts))
+
+    def project(self, x_BTD: torch.Tensor, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """Each id by the matrix (groups, out, D) of its group."""
+        parts = permute(x_BTD.flatten(0, 1), self.order, self.inverse).split(self.counts)
+        y_ND = torch.cat([linear(x, w) for x, w in zip(parts, weight, strict=True)])
+        return permute(y_ND, self.inverse, self.order).unflatten(0, x_BTD.shape[:2])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What attention needs to know of the ids, planned once per pass for all layers.
+
+    groups: where weights are untied by group, which id takes whose. linear: how to multiply.
+    """
+
+    rotary: Rotary
+    attend: Attend
+    groups: Sorted | None = None
+    linear: Linear = F.linear
+
+    def project(self, x_BTD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """By one matrix (out, D) for all ids, or by those of the groups."""
+        if self.groups is None:
+            return self.linear(x_BTD, local(weight))
+        return self.groups.project(x_BTD, weight, self.linear)
 
 
 class RMSNorm(nn.Module):
@@ -55,10 +99,11 @@ class LowRank(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm; noisy ids may take low-rank additions.
+    """Grouped-query attention; noisy ids may take low-rank additions.
 
     The rows of `project_in` are the queries, the key and the value of the first key-value head,
-    then of the second and so on: ranks that share a layer have whole heads (G of them).
+    then of the second and so on: ranks that share a layer have whole heads (G of them). Untied
+    projections are stacks of such matrices, one for each clean group (arXiv 2411.04996).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -66,9 +111,15 @@ class Attention(nn.Module):
         self.head_width = config.width_per_head
         self.num_queries = config.num_heads // config.num_kv_heads  # of a key-value head
         num_out = config.num_kv_heads * (self.num_queries + 2) * self.head_width
-        self.project_in = nn.Parameter(torch.empty(num_out, config.width))
+        groups = sum(not group.noisy for group in config.groups.values())
+        stack = (groups,) if config.untied_attention else ()
+        self.project_in = nn.Parameter(torch.empty(*stack, num_out, config.width))
         self.bias_in = nn.Parameter(torch.empty(num_out)) if config.attention_bias else None
-        self.project_out = nn.Parameter(torch.empty(config.width, config.width_of_heads))
+        self.project_out = nn.Parameter(torch.empty(*stack, config.width, config.width_of_heads))
+        # each head has a gate, sigmoid(x W), on what it puts out (arXiv 2505.06708)
+        self.head_gate: nn.Parameter | None = None
+        if config.gated_attention:
+            self.head_gate = nn.Parameter(torch.empty(config.num_heads, config.width))
         self.query_norm: RMSNorm | None = None
         self.key_norm: RMSNorm | None = None
         if config.qk_norm != "none":
@@ -79,28 +130,31 @@ class Attention(nn.Module):
         self.noisy_in: LowRank | None = None
         self.noisy_out: LowRank | None = None
         self.tensor_group: ProcessGroup | None = None  # ranks that share the heads
-        self.linear: Linear = F.linear  # how projections multiply
 
     def add_noisy(self, rank: int) -> None:
         """Grow the low-rank weights of noisy ids; they change nothing until they are trained."""
         options = {"device": self.project_in.device, "dtype": self.project_in.dtype}
         self.noisy_in, self.noisy_out = (
             LowRank(num_in, num_out, rank).to(**options)
-            for num_out, num_in in (self.project_in.shape, self.project_out.shape)
+            for num_out, num_in in (self.project_in.shape[-2:], self.project_out.shape[-2:])
         )
+
+    def num_active(self, *, noisy: bool) -> int:
+        """Weights that one id multiplies with."""
+        used = (p for n, p in self.named_parameters() if noisy or "noisy" not in n)
+        return sum(p.numel() // (len(p) if p.ndim == 3 else 1) for p in used)
 
     def forward(
         self,
         x_BTD: torch.Tensor,
         *,
-        rotary: Rotary,
-        pieces: list[Piece] | None,
+        context: Context,
         noisy_index: torch.Tensor | None,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        """See `attend`; keys of `cache` come before those of x."""
+        """Keys of `cache` come before those of x; noisy ids are at flat positions `noisy_index`."""
         x_BTD = enter(x_BTD, self.tensor_group)
-        y = self.linear(x_BTD, local(self.project_in))
+        y = context.project(x_BTD, self.project_in)
         if self.bias_in is not None:
             y = y + self.bias_in.to(y.dtype)
         if self.noisy_in is not None and noisy_index is not None:
@@ -109,12 +163,15 @@ class Attention(nn.Module):
         q, k, v = y_BTGHW.split((self.num_queries, 1, 1), dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         q, k = self._norm(q, self.query_norm), self._norm(k, self.key_norm)
-        q, k = (rotary.turn(x).to(v.dtype).transpose(1, 2) for x in (q, k))
+        q, k = (context.rotary.turn(x).to(v.dtype).transpose(1, 2) for x in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        out = attend(q, k, v, pieces).transpose(1, 2).flatten(2)
-        z = self.linear(out, local(self.project_out))
+        out = context.attend(q, k, v).transpose(1, 2)
+        if self.head_gate is not None:
+            out = out * F.linear(x_BTD, self.head_gate).sigmoid()[..., None]
+        out = out.flatten(2)
+        z = context.project(out, self.project_out)
         if self.noisy_out is not None and noisy_index is not None:
             z = self.noisy_out(z, out, noisy_index)
         return leave(z, self.tensor_group)

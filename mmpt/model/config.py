@@ -86,8 +86,11 @@ class ModelConfig:
     head_width: int = 0  # 0: width / num_heads; see `width_per_head`
     qk_norm: Literal["head", "full", "none"] = "head"  # of each head, or of all heads together
     attention_bias: bool = False  # of queries, keys and values
+    gated_attention: bool = False  # a gate for each head (arXiv 2505.06708)
+    untied_attention: bool = False  # projections for each clean group (arXiv 2411.04996)
     norm_eps: float = 1e-6
     expert_hidden: int = 384
+    rope: Literal["1d", "3d"] = "1d"  # 3d: grids have time, height and width
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = True
@@ -124,9 +127,13 @@ class ModelConfig:
     @property
     def undivided_attention(self) -> str | None:
         """The option, if any, whose weights ranks that share heads cannot divide."""
-        if self.qk_norm == "full":
-            return "qk_norm = full"
-        return "attention_bias = true" if self.attention_bias else None
+        options = {
+            "qk_norm = full": self.qk_norm == "full",
+            "attention_bias = true": self.attention_bias,
+            "gated_attention = true": self.gated_attention,
+            "untied_attention = true": self.untied_attention,
+        }
+        return next((option for option, chosen in options.items() if chosen), None)
 
     @property
     def ordered_groups(self) -> dict[str, GroupConfig]:

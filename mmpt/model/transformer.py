@@ -23,16 +23,17 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
-from mmpt.model.attention import Attention, RMSNorm
-from mmpt.model.backends import Piece, plan_pieces
+from mmpt.model.attention import Attention, Context, RMSNorm, Sorted
+from mmpt.model.backends import Attend, Backend, Causal, plan_attention
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig
 from mmpt.model.float8 import Linear
 from mmpt.model.layout import Layout
 from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
-from mmpt.model.rotary import Rotary
+from mmpt.model.rotary import Rotary, axes_of
 from mmpt.model.weights import read_tensors, upgrade
+from mmpt.stream import Rows
 from mmpt.vocab import Modality, Vocabulary
 
 FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no banks
@@ -54,12 +55,11 @@ class Layer(nn.Module):
         self,
         x_BTD: torch.Tensor,
         *,
-        rotary: Rotary,
-        pieces: list[Piece] | None,
+        context: Context,
         dispatch: Dispatch,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        inputs = x_BTD, rotary, pieces, dispatch, cache
+        inputs = x_BTD, context, dispatch, cache
         if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
             return self._compute(*inputs)
         return checkpoint(  # type: ignore[return-value] # it gives what the function gives
@@ -73,15 +73,13 @@ class Layer(nn.Module):
     def _compute(
         self,
         x_BTD: torch.Tensor,
-        rotary: Rotary,
-        pieces: list[Piece] | None,
+        context: Context,
         dispatch: Dispatch,
         cache: LayerCache | None,
     ) -> torch.Tensor:
         x_BTD = x_BTD + self.attention(
             self.attention_norm(x_BTD),
-            rotary=rotary,
-            pieces=pieces,
+            context=context,
             noisy_index=dispatch.noisy_index,
             cache=cache,
         )
@@ -96,6 +94,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend: Backend = "sdpa"  # of attention in training
+        self.linear: Linear = F.linear  # of projections; see `multiply_by`
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -130,6 +130,7 @@ class Decoder(nn.Module):
         document: torch.Tensor | None = None,
         block: torch.Tensor | None = None,
         limit: torch.Tensor | None = None,
+        axes: torch.Tensor | None = None,
         cache: KVCache | None = None,
         append: bool = True,
     ) -> torch.Tensor:
@@ -137,22 +138,26 @@ class Decoder(nn.Module):
 
         modality, position, document, block, limit: int64 (B, T), see `Layout`. Without `document` a
         row is one document without pads; without `position` its ids are counted on from the cache.
+        axes: int64 (B, T, 3), see `axes_of`, where the model has three; without them ids have their
+        position on each, as text has.
         With a cache, the ids see what it holds, and are appended to it unless `append` is False.
         """
         past = 0 if cache is None else len(cache)
         plain = document is None and block is None and past == 0
         layout = _layout(ids, position, document, block, limit, past)
-        pieces = None if plain else _pieces(layout, cache)
+        attend = Causal() if plain else self._attend(layout, cache)
         group = self.groups[(layout.block >= 0).long(), modality]
         group = torch.where(layout.document < 0, len(self.config.groups), group)
         dispatch = Dispatch.plan(group, self.config)
         if cache is not None:
             cache.begin(append=append)
         x_BTD = F.embedding(ids, self.embedding)
-        rotary = Rotary.at(layout.position, self.config, x_BTD.dtype)
+        place = layout.position if axes is None or self.config.rope == "1d" else axes
+        rotary = Rotary.at(place, self.config, x_BTD.dtype)
+        context = Context(rotary, attend, self._sort(modality), self.linear)
         for number, layer in enumerate(self.layers):
             kept = None if cache is None else cache.layers[number]
-            x_BTD = layer(x_BTD, rotary=rotary, pieces=pieces, dispatch=dispatch, cache=kept)
+            x_BTD = layer(x_BTD, context=context, dispatch=dispatch, cache=kept)
         if cache is not None and append:
             cache.commit(layout)
         return self.norm(x_BTD)
@@ -162,6 +167,10 @@ class Decoder(nn.Module):
         weight = self.embedding if self.head is None else self.head
         scores = F.linear(hidden, weight if ids is None else weight.index_select(0, ids))
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def axes_of(self, rows: Rows) -> torch.Tensor | None:
+        """The `axes` of packed rows, where the model has three."""
+        return axes_of(rows) if self.config.rope == "3d" else None
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model."""
@@ -205,8 +214,8 @@ class Decoder(nn.Module):
 
     def multiply_by(self, linear: Linear) -> None:
         """Compute the products of projections and experts by another function, such as in FP8."""
+        self.linear = linear
         for layer in self._layers():
-            layer.attention.linear = linear
             for experts in layer.experts.experts():
                 experts.bank.linear = linear
 
@@ -302,8 +311,12 @@ class Decoder(nn.Module):
         name = list(config.ordered_groups)[int(self.groups[int(noisy), modality])]
         group = config.groups[name]
         router = config.width * group.num_experts if group.router == "token_choice" else 0
-        layer = sum(p.numel() for n, p in attention.named_parameters() if noisy or "noisy" not in n)
-        layer += per_expert * group.num_active + router + 2 * config.width
+        layer = (
+            attention.num_active(noisy=noisy)
+            + per_expert * group.num_active
+            + router
+            + 2 * config.width
+        )
         return config.num_layers * layer + config.width * (config.vocab_size + 1)
 
     def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
@@ -321,6 +334,17 @@ class Decoder(nn.Module):
         names = {name for name, group in self.config.groups.items() if group.noisy}
         names |= {"noisy_in", "noisy_out"}
         return [(bool(names & set(n.split("."))), p) for n, p in self.named_parameters()]
+
+    def _attend(self, layout: Layout, cache: KVCache | None) -> Attend:
+        past = None if cache is None else cache.layout
+        key = layout if past is None else past.cat(layout)
+        return plan_attention(layout, key, self.backend if self.training else "sdpa")
+
+    def _sort(self, modality: torch.Tensor) -> Sorted | None:
+        if not self.config.untied_attention:
+            return None
+        clean = [group for group in self.config.groups.values() if not group.noisy]
+        return Sorted.plan(self.groups[0, modality], len(clean))
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type] # ModuleList forgets the class
@@ -350,11 +374,6 @@ def _layout(
     return Layout(document, position, block, limit)
 
 
-def _pieces(layout: Layout, cache: KVCache | None) -> list[Piece]:
-    past = None if cache is None else cache.layout
-    return plan_pieces(layout, layout if past is None else past.cat(layout))
-
-
 @torch.no_grad()
 def _initialise(model: Decoder, generator: torch.Generator) -> None:
     # Normal, 1/sqrt(fan in); what writes to the stream is divided by sqrt(2 x layers), so that the
@@ -376,6 +395,8 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
         _normal(layer.attention.project_out, deep * config.width_of_heads**-0.5, generator)
         if layer.attention.bias_in is not None:
             layer.attention.bias_in.zero_()
+        if layer.attention.head_gate is not None:
+            _normal(layer.attention.head_gate, config.width**-0.5, generator)
         _initialise_low_rank(layer.attention, generator)
         for experts in layer.experts.experts():
             _normal(experts.bank.gate_up, config.width**-0.5, generator)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from mmpt.model.layout import Layout as AttentionLayout
+from mmpt.model.attention import Context
+from mmpt.model.backends import Causal
 from mmpt.model.moe import Dispatch, group_table
 from mmpt.model.rotary import Rotary
 from mmpt.model.transformer import Layer
@@ -190,14 +191,13 @@ def _small_step(work: Workload) -> float:
         for parameter in layer.parameters():
             parameter.fill_(0.01)
     modality = torch.arange(len(Modality))[None]
-    layout = AttentionLayout.clean(torch.zeros_like(modality), modality)
-    rotary = Rotary.at(layout.position, config, torch.float32)
+    context = Context(Rotary.at(modality, config, torch.float32), Causal())
     dispatch = Dispatch.plan(group_table(config)[0, modality], config)
     x = torch.randn(1, len(Modality), config.width, requires_grad=True)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=work.products == 2):
-            y = layer(x, rotary=rotary, pieces=None, dispatch=dispatch, cache=None)
+            y = layer(x, context=context, dispatch=dispatch, cache=None)
         y.sum().backward()
 
     return _best(step)

@@ -22,6 +22,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
+from mmpt.model.backends import check_backend
 from mmpt.model.float8 import check_float8, float8_linear
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
@@ -85,9 +86,11 @@ class Trainer:
         check_installed(recipe.track)
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
+        check_backend(recipe.attention, self.device)
         if recipe.precision == "fp8":
             check_float8(self.device)
         self.model = self._build(build, initialise).train()
+        self.model.backend = recipe.attention
         if recipe.precision == "fp8":
             self.model.multiply_by(float8_linear())
         self.loader = Loader(

@@ -111,7 +111,11 @@ class NextToken:
         """One forward pass, scored where the weight is above 0."""
         rows = batch.rows
         hidden = model(
-            batch.shown, modality=rows.modality, position=rows.position, document=rows.document
+            batch.shown,
+            modality=rows.modality,
+            position=rows.position,
+            document=rows.document,
+            axes=model.axes_of(rows),
         )
         return score_next(
             model,

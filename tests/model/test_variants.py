@@ -7,21 +7,35 @@ import torch
 import torch.nn.functional as F
 
 from mmpt.config import UserError
-from mmpt.model.attention import Attention
+from mmpt.model.attention import Attention, Context
+from mmpt.model.backends import Causal
 from mmpt.model.config import RopeScaling
-from mmpt.model.rotary import Rotary
+from mmpt.model.rotary import Rotary, axes_of
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
 from mmpt.train.parallel import ParallelConfig
+from mmpt.vocab import Modality
 
 EXACT = {"atol": 1e-10, "rtol": 0.0}
 STRETCHED = RopeScaling(factor=4.0, original_max_position_embeddings=64)
+STILL = Rotary(torch.ones(()), torch.zeros(()))
 VARIANTS = {
     "wide heads": {"head_width": 6},
     "norm over all heads": {"qk_norm": "full", "norm_eps": 1e-5},
     "no norm, biases": {"qk_norm": "none", "attention_bias": True},
     "stretched": {"rope_scaling": STRETCHED, "rope_base": 1000.0},
+    "gated": {"gated_attention": True},
+    "untied": {"untied_attention": True, "attention_bias": True},
+    "three axes": {"rope": "3d", "head_width": 12},
 }
+
+
+UNDIVIDED = (
+    {"qk_norm": "full"},
+    {"attention_bias": True},
+    {"gated_attention": True},
+    {"untied_attention": True},
+)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -47,6 +61,7 @@ def test_cached_decoding_equals_the_whole_pass(model, make_rows, run):
     rows = make_rows()
     cache = model.new_cache()
     columns = {n: getattr(rows, n) for n in ("ids", "modality", "position", "document")}
+    columns["axes"] = axes_of(rows)
     parts = [
         model(
             **{name: column[:, start : start + 9] for name, column in columns.items()}, cache=cache
@@ -76,12 +91,18 @@ def test_every_weight_learns_and_survives_a_file(model, make_rows, run, tmp_path
     again = Decoder.load(tmp_path)
     assert again.config == model.config
     with torch.no_grad():
-        assert torch.equal(run(again, rows), run(model, rows))
+        torch.testing.assert_close(run(again, rows), run(model, rows), **EXACT)
 
 
 def test_weights_that_one_id_multiplies_with_are_counted(make_model, variant):
     plain, model = make_model(noisy=False), make_model(noisy=False, **variant)
-    more = model.num_parameters - plain.num_parameters
+    own = "untied_attention" in variant
+    shared = [
+        (len(p) - 1) * p[0].numel() * own
+        for n, p in model.named_parameters()
+        if "attention.project" in n
+    ]
+    more = model.num_parameters - sum(shared) - plain.num_parameters
     assert model.num_active_parameters(0) - plain.num_active_parameters(0) == more
 
 
@@ -113,9 +134,48 @@ def test_attention_is_its_formula(make_model, norm, bias):
     scores = torch.einsum("bqhw,bkhw->bhqk", q, k) / math.sqrt(6)
     p = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
     out = torch.einsum("bhqk,bkhw->bqhw", p, v).flatten(2) @ attention.project_out.T
-    still = Rotary(torch.ones(1, 1, 1, 3), torch.zeros(1, 1, 1, 3))
-    got = attention(x, rotary=still, pieces=None, noisy_index=None, cache=None)
+    got = attention(x, context=Context(STILL, Causal()), noisy_index=None, cache=None)
     torch.testing.assert_close(got, out, **EXACT)
+
+
+def test_a_gate_scales_what_its_head_puts_out(make_model):
+    attention = make_model(gated_attention=True, noisy=False).layers[0].attention
+    x = torch.randn(1, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    context = Context(STILL, Causal())
+    gate, whole = attention.head_gate, torch.zeros(1, 5, 16, dtype=torch.float64)
+    got = attention(x, context=context, noisy_index=None, cache=None)
+    attention.head_gate = None
+    for head in range(4):  # the output is a sum over heads
+        kept = attention.project_out.detach().clone()
+        alone = torch.zeros_like(kept)
+        alone[:, head * 4 : head * 4 + 4] = kept[:, head * 4 : head * 4 + 4]
+        attention.project_out.data = alone
+        part = attention(x, context=context, noisy_index=None, cache=None)
+        whole = whole + part * (x @ gate[head]).sigmoid()[..., None]
+        attention.project_out.data = kept
+    torch.testing.assert_close(got, whole, **EXACT)
+
+
+def test_untied_projections_are_those_of_the_group_of_each_id(make_model, make_rows, run):
+    untied, rows = make_model(untied_attention=True), make_rows()
+    tied = make_model()
+    shared = {n: p for n, p in untied.state_dict().items() if "attention.project" not in n}
+    tied.load_state_dict(shared, strict=False)
+    own = [untied.layers[n].attention for n in range(2)]
+    assert own[0].project_in.shape == (3, 32, 16)
+    with torch.no_grad():  # all groups alike: as if tied
+        for mine, theirs in zip(own, [layer.attention for layer in tied.layers], strict=True):
+            for name in ("project_in", "project_out"):
+                getattr(theirs, name).copy_(getattr(mine, name)[0])
+                getattr(mine, name).copy_(getattr(mine, name)[:1].clone())
+    noisy = {"block": torch.where(rows.modality > 0, 0, -1), "limit": rows.position}
+    torch.testing.assert_close(run(untied, rows, **noisy), run(tied, rows, **noisy), **EXACT)
+    before = run(untied, rows, **noisy)
+    with torch.no_grad():
+        own[1].project_out[1] += 0.1  # of the visual group, in the last layer
+    moved = (run(untied, rows, **noisy) - before).abs().amax(-1) > 1e-9
+    visual = (rows.modality == Modality.IMAGE) | (rows.modality == Modality.VIDEO)
+    assert torch.equal(moved, visual)
 
 
 def test_stretched_positions_follow_the_wavelength(make_config):
@@ -143,7 +203,7 @@ def test_wrong_options_are_refused(make_config):
         RopeScaling(low_freq_factor=5.0)
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": "full"}, {"attention_bias": True}])
+@pytest.mark.parametrize("changes", UNDIVIDED)
 def test_what_ranks_cannot_divide_is_refused(make_config, changes):
     parallel = ParallelConfig(tensor=2)
     parallel.check(make_config(), 2)
