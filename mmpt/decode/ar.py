@@ -115,9 +115,11 @@ class Prefix:
 
     @torch.no_grad()
     def block_scores(
-        self, codes: torch.Tensor, modality: Modality, candidates: torch.Tensor
+        self, codes: torch.Tensor, modality: Modality, candidates: torch.Tensor, *, time: float
     ) -> torch.Tensor:
         """Guided scores (samples, N, V) of a noisy block's codes (samples, N); commits nothing.
+
+        time: from 0 (noise) to 1 (clean).
 
         The block stands behind the slot, a copy of the last id: the output at the slot and at each
         code but the last is about the code behind it.
@@ -134,6 +136,7 @@ class Prefix:
             block=torch.zeros_like(ids),
             limit=(start - 1).expand_as(ids),
             axes=self._block_axes(codes.shape[1]),
+            time=torch.full(ids.shape, time, device=self.device),
             cache=self.cache,
             append=False,
         )

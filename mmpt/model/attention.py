@@ -17,8 +17,9 @@ from mmpt.model.backends import Attend
 from mmpt.model.cache import LayerCache
 from mmpt.model.collectives import enter, leave, local
 from mmpt.model.config import ModelConfig
+from mmpt.model.copies import permute
+from mmpt.model.dispatch import invert
 from mmpt.model.float8 import Linear
-from mmpt.model.moe import invert, permute
 from mmpt.model.rotary import Rotary
 
 

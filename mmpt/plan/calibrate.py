@@ -20,7 +20,8 @@ from torch import distributed
 
 from mmpt.model.attention import Context
 from mmpt.model.backends import Causal
-from mmpt.model.moe import Dispatch, group_table
+from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.layout import Layout as AttentionLayout
 from mmpt.model.rotary import Rotary
 from mmpt.model.transformer import Layer
 from mmpt.plan.machines import Machine
@@ -191,13 +192,15 @@ def _small_step(work: Workload) -> float:
         for parameter in layer.parameters():
             parameter.fill_(0.01)
     modality = torch.arange(len(Modality))[None]
-    context = Context(Rotary.at(modality, config, torch.float32), Causal())
-    dispatch = Dispatch.plan(group_table(config)[0, modality], config)
+    layout = AttentionLayout.clean(torch.zeros_like(modality), modality)
+    context = Context(Rotary.at(layout.position, config, torch.float32), Causal())
+    group = group_table(config)[0, modality]
+    dispatch = Dispatch.plan(group, config, ids=torch.zeros_like(modality), layout=layout)
     x = torch.randn(1, len(Modality), config.width, requires_grad=True)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=work.products == 2):
-            y = layer(x, context=context, dispatch=dispatch, cache=None)
+            y, _ = layer(x, context=context, dispatch=dispatch, cache=None)
         y.sum().backward()
 
     return _best(step)
