@@ -302,12 +302,8 @@ class Decoder(nn.Module):
         name = list(config.ordered_groups)[int(self.groups[int(noisy), modality])]
         group = config.groups[name]
         router = config.width * group.num_experts if group.router == "token_choice" else 0
-        layer = (
-            attention.num_active(noisy=noisy)
-            + per_expert * group.num_active
-            + router
-            + 2 * config.width
-        )
+        layer = attention.num_active(noisy=noisy) + 2 * config.width
+        layer += per_expert * group.num_active + router
         return config.num_layers * layer + config.width * (config.vocab_size + 1)
 
     def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
