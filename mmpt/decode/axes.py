@@ -30,7 +30,7 @@ class Axes:
         """Where the next ids will stand; they are all codes of the open span, or it is one id."""
         grid = self._grid()
         if grid is None:
-            return [(number,) * 3 for number in range(self._next, self._next + count)]
+            return [(number, number, number) for number in range(self._next, self._next + count)]
         places = np.arange(self._grammar.place, self._grammar.place + count)
         time, row, column = (self._next + at for at in np.unravel_index(places, grid))
         return list(zip(time.tolist(), row.tolist(), column.tolist(), strict=True))

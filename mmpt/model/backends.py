@@ -119,11 +119,12 @@ class Flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         (rows, num_queries), num_keys = query.document.shape, key.document.shape[1]
-        mine = query.document, query.limit, query.block
-        theirs = key.document, key.position, key.block
+        document, limit, block = query.document, query.limit, query.block
+        of_key, position, key_block = key.document, key.position, key.block
 
         def rule(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Any:
-            seen = sees(*(x[row, q] for x in mine), *(x[row, k] for x in theirs))
+            mine = document[row, q], limit[row, q], block[row, q]
+            seen = sees(*mine, of_key[row, k], position[row, k], key_block[row, k])
             return seen | (k == q + (num_keys - num_queries))
 
         device = query.document.device

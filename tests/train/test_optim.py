@@ -85,6 +85,22 @@ def test_parameters_that_hold_several_maps_are_told_apart(model):
     assert parts_of("experts.groups.text.bank.down") == ([(2, 24, 16)], True)
 
 
+def test_untied_projections_are_stacks_of_maps(config):
+    model = Decoder.from_config(replace(config, untied_attention=True))
+    for name, expected in {
+        "in": [(3, 16, 16), (3, 8, 16), (3, 8, 16)],
+        "out": [(3, 16, 16)],
+    }.items():
+        name = f"layers.0.attention.project_{name}"
+        matrices, weight = matrices_of(model, name), model.get_parameter(name)
+        parts = matrices.divide(weight)
+        assert [tuple(part.shape) for part in parts] == expected
+        assert matrices.stacked
+        assert torch.equal(matrices.join(parts), weight)
+        one = matrices_of(Decoder.from_config(config), name)
+        assert all(map(torch.equal, one.divide(weight[1]), (part[1] for part in parts)))
+
+
 def test_keys_and_values_of_several_heads_are_told_apart(config):
     model = Decoder.from_config(replace(config, width=32, num_heads=4, num_kv_heads=2))
     weight = model.get_parameter("layers.0.attention.project_in")
