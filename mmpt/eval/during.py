@@ -72,7 +72,7 @@ class Evaluation:
 
     def after(self, step: int, tokens: int, model: Decoder, *, last: bool) -> None:
         """Measure and write a line if it is time to; all ranks call it."""
-        if step % self.config.every == 0 or last:
+        if self.config.is_due(step) or last:
             begin = time.monotonic()
             row = {"step": step, "tokens": tokens} | self.measure(model)
             self._log.write(row | {"seconds": round(time.monotonic() - begin, 3)})
@@ -82,7 +82,7 @@ class Evaluation:
         passes = Passes(model, self._vocabulary, ranks=self._ranks, bf16=self._bf16)
         sources = self._losses(passes)
         choices: dict[str, Any] = {}
-        for medium in MEDIA:
+        for medium in MEDIA if self.config.candidates else ():
             documents = [each.get(medium, []) for each in self._documents.values()]
             choices |= measure_choices(
                 passes,

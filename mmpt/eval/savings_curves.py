@@ -1,0 +1,134 @@
+"""How much compute a variant saves: eta, from held-out losses of its runs and of dense ones.
+
+eta = cost at which the dense run reaches the variant's last loss / cost of the variant's run. The
+dense curve is made to fall by isotonic regression of its losses, evenly weighted, and is linear in
+the logarithm of the cost between evaluations; where it is level, the first cost counts. The
+variant's loss is taken as measured. Nothing is extrapolated: a loss that the dense run has not
+reached at its end makes eta a bound from below, one that it had at its first evaluation from above.
+
+The n-th run of a variant is compared with the n-th dense one, which read the same rows. Over seeds
+log eta is averaged, with a 95% interval by Student's t.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mmpt.config import UserError
+from mmpt.eval.runs import Run
+
+ALL = "all"  # all media together
+COSTS = ("flops", "seconds")
+Bound = Literal["", "above", "below", "unknown"]
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Held-out losses of a run at N evaluations.
+
+    costs: flops and seconds -> float (N,), spent in training until then, ascending. nats: medium or
+    ALL -> float (N,).
+    """
+
+    costs: dict[str, np.ndarray]
+    nats: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """eta over some seeds. Of a bound, `value` is the bound, and low and high are NaN.
+
+    above: the dense runs did not reach the loss with `value` times the cost. below: they were there
+    at their first evaluation. unknown: some seeds say the one, some the other. low, high: the 95%
+    interval; NaN for a single seed.
+    """
+
+    value: float
+    low: float
+    high: float
+    bound: Bound
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; null for what is not known."""
+        known = {"eta": self.value, "low": self.low, "high": self.high}
+        rounded = {key: float(f"{v:.5g}") if np.isfinite(v) else None for key, v in known.items()}
+        return rounded | {"bound": self.bound}
+
+
+def shares_of(run: Run) -> dict[str, float]:
+    """Medium -> its part of the ids that a run learned to predict: what losses are averaged by."""
+    ids = {medium: float(np.nansum(run.get(f"{medium} ids"))) for medium in run.media}
+    return {medium: count / sum(ids.values()) for medium, count in ids.items()}
+
+
+def read_curve(run: Run, shares: dict[str, float]) -> LossCurve:
+    """The held-out losses of a run. Its seconds are steps times the median step's.
+
+    So pauses, and other work of the machine for some of the time, do not count. The loss over all
+    media is their mean by `shares`, without media that are not evaluated.
+    """
+    losses = [row.get("loss") or {} for row in run.evaluations]
+    if not losses:
+        raise UserError(f"{run.folder} was not evaluated; remove it, and run this again")
+    media = [medium for medium in shares if all(medium in each for each in losses)]
+    nats = {m: np.array([each[m]["nats"] for each in losses], float) for m in media}
+    whole = sum(shares[medium] for medium in media)
+    nats[ALL] = np.sum([nats[medium] * shares[medium] / whole for medium in media], axis=0)
+    steps = np.array([row["step"] for row in run.evaluations], float)
+    places = np.searchsorted(run.get("step"), steps)
+    seconds = float(np.nanmedian(run.get("step_seconds")))
+    return LossCurve({"flops": run.get("flops")[places], "seconds": steps * seconds}, nats)
+
+
+def saving(
+    variants: Sequence[LossCurve],
+    dense: Sequence[LossCurve],
+    medium: str,
+    cost: str,
+    *,
+    place: int = -1,
+) -> Saving:
+    """eta of runs and dense runs of the same seeds, at an evaluation of the variants: the last."""
+    etas, bounds = [], []
+    for ours, theirs in zip(variants, dense, strict=True):
+        reached, bound = cost_to_reach(
+            theirs.costs[cost], theirs.nats[medium], float(ours.nats[medium][place])
+        )
+        etas.append(reached / ours.costs[cost][place])
+        bounds.append(bound)
+    return combine(np.array(etas), bounds)
+
+
+def cost_to_reach(costs: np.ndarray, nats: np.ndarray, target: float) -> tuple[float, Bound]:
+    """The least cost (N,) at which losses (N,), made to fall, are at `target`; or a bound of it."""
+    from scipy.optimize import isotonic_regression
+
+    falling = isotonic_regression(nats, increasing=False).x
+    if target < falling[-1]:
+        return float(costs[-1]), "above"
+    first = int(np.argmax(falling <= target))
+    if first == 0:
+        return float(costs[0]), "" if target == falling[0] else "below"
+    high, low = falling[first - 1], falling[first]
+    share = (high - target) / (high - low)
+    begin, end = np.log(costs[first - 1 : first + 1])
+    return float(np.exp(begin + share * (end - begin))), ""
+
+
+def combine(etas: np.ndarray, bounds: Sequence[Bound]) -> Saving:
+    """The geometric mean of eta over seeds (S,), and its interval unless some are bounds only."""
+    from scipy.stats import t
+
+    logs = np.log(etas)
+    value = float(np.exp(logs.mean()))
+    kinds = {bound for bound in bounds if bound}
+    if len(kinds) > 1:
+        return Saving(float("nan"), float("nan"), float("nan"), "unknown")
+    if kinds:  # the mean of values and bounds of one side is a bound of that side
+        return Saving(value, float("nan"), float("nan"), kinds.pop())
+    if len(logs) < 2:
+        return Saving(value, float("nan"), float("nan"), "")
+    spread = float(t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return Saving(value, float(np.exp(logs.mean() - spread)), float(np.exp(logs.mean() + spread)), "")
