@@ -56,7 +56,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "config") -
 
 
 def set_override(data: dict[str, Any], override: str) -> None:
-    """Put the value of `key.sub=value` at its place in nested tables; UserError where it is none."""
+    """Put the value of `key.sub=value` at its place in nested tables; UserError for other texts."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not key=value")

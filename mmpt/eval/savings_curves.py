@@ -10,14 +10,15 @@ The n-th run of a variant is compared with the n-th dense one, which read the sa
 log eta is averaged, with a 95% interval by Student's t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from mmpt.config import UserError
 from mmpt.eval.runs import Run
+from mmpt.eval.savings_variants import DENSE
+from mmpt.page.markup import MODALITIES
 
 ALL = "all"  # all media together
 COSTS = ("flops", "seconds")
@@ -28,10 +29,12 @@ Bound = Literal["", "above", "below", "unknown"]
 class LossCurve:
     """Held-out losses of a run at N evaluations.
 
-    costs: flops and seconds -> float (N,), spent in training until then, ascending. nats: medium or
-    ALL -> float (N,).
+    steps (N,). costs: flops and seconds -> float (N,), spent in training until then, ascending.
+    nats: medium or ALL -> float (N,).
     """
 
+    run: str
+    steps: np.ndarray
     costs: dict[str, np.ndarray]
     nats: dict[str, np.ndarray]
 
@@ -40,7 +43,7 @@ class LossCurve:
 class Saving:
     """eta over some seeds. Of a bound, `value` is the bound, and low and high are NaN.
 
-    above: the dense runs did not reach the loss with `value` times the cost. below: they were there
+    above: dense runs did not reach the loss with `value` times the cost. below: they were there
     at their first evaluation. unknown: some seeds say the one, some the other. low, high: the 95%
     interval; NaN for a single seed.
     """
@@ -57,21 +60,76 @@ class Saving:
         return rounded | {"bound": self.bound}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Variant -> the curves of its runs that are done, seed by seed; the dense ones come first."""
+
+    curves: dict[str, list[LossCurve]]
+
+    @property
+    def variants(self) -> list[str]:
+        """All but the dense one."""
+        return [name for name in self.curves if name != DENSE]
+
+    @property
+    def media(self) -> list[str]:
+        """ALL, and those that every run has held-out losses of."""
+        found = [set(curve.nats) for curves in self.curves.values() for curve in curves]
+        return [ALL, *(medium for medium in MODALITIES if all(medium in each for each in found))]
+
+    def saving(self, variant: str, medium: str, cost: str, place: int = -1) -> "Saving":
+        """eta of a variant at one of its evaluations, the last unless given."""
+        ours = self.curves[variant]
+        etas, bounds = [], []
+        for curve, dense in zip(ours, self.curves[DENSE][: len(ours)], strict=True):
+            target = float(curve.nats[medium][place])
+            reached, bound = cost_to_reach(dense.costs[cost], dense.nats[medium], target)
+            etas.append(reached / curve.costs[cost][place])
+            bounds.append(bound)
+        return combine(np.array(etas), bounds)
+
+    def relative_cost(self, variant: str, cost: str) -> float:
+        """Of a step, as a part of a dense one's; the mean over seeds."""
+        ours, dense = (
+            np.mean([each.costs[cost][-1] / each.steps[-1] for each in self.curves[name]])
+            for name in (variant, DENSE)
+        )
+        return float(ours / dense)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: what the variants save, and where each run ended."""
+        return {
+            "savings": {
+                name: {
+                    cost: {m: self.saving(name, m, cost).to_json() for m in self.media}
+                    | {"of a dense step": round(self.relative_cost(name, cost), 4)}
+                    for cost in COSTS
+                }
+                for name in self.variants
+            },
+            "runs": [
+                {"run": each.run, "steps": int(each.steps[-1])}
+                | {cost: float(f"{spent[-1]:.6g}") for cost, spent in each.costs.items()}
+                | {"nats": {m: round(float(nats[-1]), 5) for m, nats in each.nats.items()}}
+                for curves in self.curves.values()
+                for each in curves
+            ],
+        }
+
+
 def shares_of(run: Run) -> dict[str, float]:
     """Medium -> its part of the ids that a run learned to predict: what losses are averaged by."""
     ids = {medium: float(np.nansum(run.get(f"{medium} ids"))) for medium in run.media}
     return {medium: count / sum(ids.values()) for medium, count in ids.items()}
 
 
-def read_curve(run: Run, shares: dict[str, float]) -> LossCurve:
+def read_curve(run: Run, shares: Mapping[str, float]) -> LossCurve:
     """The held-out losses of a run. Its seconds are steps times the median step's.
 
     So pauses, and other work of the machine for some of the time, do not count. The loss over all
     media is their mean by `shares`, without media that are not evaluated.
     """
     losses = [row.get("loss") or {} for row in run.evaluations]
-    if not losses:
-        raise UserError(f"{run.folder} was not evaluated; remove it, and run this again")
     media = [medium for medium in shares if all(medium in each for each in losses)]
     nats = {m: np.array([each[m]["nats"] for each in losses], float) for m in media}
     whole = sum(shares[medium] for medium in media)
@@ -79,26 +137,8 @@ def read_curve(run: Run, shares: dict[str, float]) -> LossCurve:
     steps = np.array([row["step"] for row in run.evaluations], float)
     places = np.searchsorted(run.get("step"), steps)
     seconds = float(np.nanmedian(run.get("step_seconds")))
-    return LossCurve({"flops": run.get("flops")[places], "seconds": steps * seconds}, nats)
-
-
-def saving(
-    variants: Sequence[LossCurve],
-    dense: Sequence[LossCurve],
-    medium: str,
-    cost: str,
-    *,
-    place: int = -1,
-) -> Saving:
-    """eta of runs and dense runs of the same seeds, at an evaluation of the variants: the last."""
-    etas, bounds = [], []
-    for ours, theirs in zip(variants, dense, strict=True):
-        reached, bound = cost_to_reach(
-            theirs.costs[cost], theirs.nats[medium], float(ours.nats[medium][place])
-        )
-        etas.append(reached / ours.costs[cost][place])
-        bounds.append(bound)
-    return combine(np.array(etas), bounds)
+    costs = {"flops": run.get("flops")[places], "seconds": steps * seconds}
+    return LossCurve(run.name, steps, costs, nats)
 
 
 def cost_to_reach(costs: np.ndarray, nats: np.ndarray, target: float) -> tuple[float, Bound]:
@@ -123,7 +163,7 @@ def combine(etas: np.ndarray, bounds: Sequence[Bound]) -> Saving:
 
     logs = np.log(etas)
     value = float(np.exp(logs.mean()))
-    kinds = {bound for bound in bounds if bound}
+    kinds: set[Bound] = {bound for bound in bounds if bound}
     if len(kinds) > 1:
         return Saving(float("nan"), float("nan"), float("nan"), "unknown")
     if kinds:  # the mean of values and bounds of one side is a bound of that side
@@ -131,4 +171,6 @@ def combine(etas: np.ndarray, bounds: Sequence[Bound]) -> Saving:
     if len(logs) < 2:
         return Saving(value, float("nan"), float("nan"), "")
     spread = float(t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
-    return Saving(value, float(np.exp(logs.mean() - spread)), float(np.exp(logs.mean() + spread)), "")
+    return Saving(
+        value, float(np.exp(logs.mean() - spread)), float(np.exp(logs.mean() + spread)), ""
+    )
