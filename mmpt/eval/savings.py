@@ -164,8 +164,8 @@ def check_reuse(recipe: TrainRecipe, vocabulary: Vocabulary) -> None:
         weight = recipe.data.sources[name].weight
         raise UserError(
             f"source {name!r} would be read {epochs[name]:.2f} times in the {recipe.steps} steps "
-            f"of a dense run, {MOST_READ:g} is the most; encode more documents for it, or use fewer "
-            f"steps or a lower data.sources.{name}.weight (now {weight:g})"
+            f"of a dense run, {MOST_READ:g} is the most; encode more documents for it, or use "
+            f"fewer steps or a lower data.sources.{name}.weight (now {weight:g})"
         )
 
 
