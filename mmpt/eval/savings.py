@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from mmpt.data.loader import Loader
 from mmpt.doctor import doctor
 from mmpt.eval.runs import read_run
 from mmpt.eval.savings_curves import Comparison, LossCurve, read_curve, shares_of
+from mmpt.eval.savings_jobs import Job, plan_jobs
 from mmpt.eval.savings_page import render_savings
-from mmpt.eval.savings_variants import DENSE, VARIANTS, parse_variants, variant_model
-from mmpt.train.pretrain import train
+from mmpt.eval.savings_variants import DENSE, VARIANTS, parse_variants
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 from mmpt.vocab import Vocabulary
 
-LONGER = 2  # steps of a dense run over those of a variant
 MOST_READ = 2.0  # times that a source may be read
 LOOK_AHEAD = 20_000  # batches that are read to know how often sources will be
 
@@ -39,16 +38,6 @@ class SavingsRecipe(TrainRecipe):
     """A recipe of pretraining, whose steps are those of a variant, and more variants."""
 
     variants: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> key=value, ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is to be done."""
-
-    variant: str
-    seed: int
-    recipe: TrainRecipe
-    folder: Path
 
 
 def savings_command(
@@ -75,7 +64,7 @@ def savings_command(
     names = dict.fromkeys([DENSE, *filter(None, variants.split(",")), *added])
     jobs = plan_jobs(resolved, list(names), resolved.variants | added, out, seeds)
     _check_packages()
-    check_reuse(jobs[0].recipe, vocabulary)
+    check_reuse(jobs[0].stages[0].recipe, vocabulary)
     command = shlex.join(["mmpt", "savings", str(recipe), *overrides, "--out", str(out)])
     command += f" --variants {','.join(names)} --seeds {seeds}"
     command += f" --variant {shlex.join(variant)}" if variant else ""
@@ -83,7 +72,7 @@ def savings_command(
     epochs: dict[str, float] = {}
     for number, job in enumerate(jobs):
         log.info("run %d of %d: %s", number + 1, len(jobs), job.folder)
-        result = train(job.recipe, job.folder, vocabulary=vocabulary)
+        result = job.run(vocabulary)
         if not result.finished:
             return found | {"finished": False, "exit_status": result.status}
         epochs |= {n: max(e, epochs.get(n, 0.0)) for n, e in result.data["epochs"].items()}
@@ -97,49 +86,6 @@ def savings_command(
         write_atomic(out / "savings.html", render_savings(compared, about, command))
         write_atomic(out / "savings.json", json.dumps(found, indent=1))
     return found | {"page": str(out / "savings.html")}
-
-
-def plan_jobs(
-    recipe: SavingsRecipe,
-    names: Sequence[str],
-    more: Mapping[str, tuple[str, ...]],
-    out: Path,
-    seeds: int,
-) -> list[Job]:
-    """The runs, seed by seed, the dense one first. more: variants that are not known here.
-
-    UserError for a recipe whose runs could not be compared.
-    """
-    if recipe.optim.schedule != "constant":
-        raise UserError(
-            f"optim.schedule = {recipe.optim.schedule!r}: the losses of runs of different lengths "
-            "are compared while the rate is the same; use optim.schedule=constant"
-        )
-    if any(stage.unit == "run" for stage in recipe.data.schedule):
-        raise UserError(
-            'data.schedule: parts of a run are later in one of twice the length; use unit = "rows"'
-        )
-    if not recipe.evaluate.every:
-        raise UserError("evaluate.every is missing; use some 20 steps, with evaluate.growth = 0.1")
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: use at least 1, and 3 for intervals")
-    base = TrainRecipe(**{each.name: getattr(recipe, each.name) for each in fields(TrainRecipe)})
-    models = {name: variant_model(name, recipe.model, more) for name in names}
-    return [
-        Job(
-            name,
-            seed,
-            replace(
-                base,
-                model=model,
-                seed=seed,
-                steps=base.steps * (LONGER if name == DENSE else 1),
-            ),
-            out / f"{name}-{seed}",
-        )
-        for seed in range(recipe.seed, recipe.seed + seeds)
-        for name, model in models.items()
-    ]
 
 
 def check_reuse(recipe: TrainRecipe, vocabulary: Vocabulary) -> None:
@@ -177,10 +123,10 @@ def _check_packages() -> None:
 
 
 def compare(jobs: Sequence[Job]) -> Comparison:
-    """The held-out losses of runs that are done, by variant. The first job is a dense one."""
-    runs = [read_run(job.folder) for job in jobs]
-    shares = shares_of(runs[0])
+    """The held-out losses of jobs that are done, by variant. The first one is a dense one."""
+    runs = [[read_run(stage.folder) for stage in job.stages] for job in jobs]
+    shares = shares_of(runs[0][0])
     curves: dict[str, list[LossCurve]] = {}
-    for job, run in zip(jobs, runs, strict=True):
-        curves.setdefault(job.variant, []).append(read_curve(run, shares))
+    for job, stages in zip(jobs, runs, strict=True):
+        curves.setdefault(job.variant, []).append(read_curve(stages, shares, job.gap()))
     return Comparison(curves)

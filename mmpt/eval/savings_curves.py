@@ -11,7 +11,7 @@ log eta is averaged, with a 95% interval by Student's t.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,13 +30,15 @@ class LossCurve:
     """Held-out losses of a run at N evaluations.
 
     steps (N,). costs: flops and seconds -> float (N,), spent in training until then, ascending.
-    nats: medium or ALL -> float (N,).
+    nats: medium or ALL -> float (N,), under the router that inference uses. gap: medium or ALL ->
+    what these are above the nats under training's router at the end; empty where it is the same.
     """
 
     run: str
     steps: np.ndarray
     costs: dict[str, np.ndarray]
     nats: dict[str, np.ndarray]
+    gap: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,25 @@ class Comparison:
         )
         return float(ours / dense)
 
+    def gap(self, variant: str, medium: str) -> float | None:
+        """Nats that causal routing costs, the mean over seeds; None where training's is causal."""
+        gaps = [run.gap[medium] for run in self.curves[variant] if medium in run.gap]
+        return float(np.mean(gaps)) if gaps else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: what the variants save, and where each run ended."""
         return {
+            "causality_gap": {
+                name: {medium: self.gap(name, medium) for medium in self.media}
+                for name in self.variants
+            },
+            "step_of_a_dense_one": {
+                name: {cost: round(self.relative_cost(name, cost), 4) for cost in COSTS}
+                for name in self.variants
+            },
             "savings": {
                 name: {
                     cost: {m: self.saving(name, m, cost).to_json() for m in self.media}
-                    | {"of a dense step": round(self.relative_cost(name, cost), 4)}
                     for cost in COSTS
                 }
                 for name in self.variants
@@ -123,22 +137,37 @@ def shares_of(run: Run) -> dict[str, float]:
     return {medium: count / sum(ids.values()) for medium, count in ids.items()}
 
 
-def read_curve(run: Run, shares: Mapping[str, float]) -> LossCurve:
-    """The held-out losses of a run. Its seconds are steps times the median step's.
+def read_curve(
+    runs: Sequence[Run], shares: Mapping[str, float], gap: Mapping[str, float]
+) -> LossCurve:
+    """The held-out losses of the last of some runs, which go on from each other.
 
-    So pauses, and other work of the machine for some of the time, do not count. The loss over all
-    media is their mean by `shares`, without media that are not evaluated.
+    Seconds are steps times the median step's, so that pauses, and other work of the machine for
+    some of the time, do not count. Losses of all media are means by `shares`, without media that
+    are not evaluated; so is their gap.
     """
-    losses = [row.get("loss") or {} for row in run.evaluations]
+    last = runs[-1]
+    steps = np.array([row["step"] for row in last.evaluations], float)
+    flops = last.get("flops")[np.searchsorted(last.get("step"), steps)]
+    seconds = steps * _step_seconds(last)
+    for run in runs[:-1]:
+        flops = flops + run.get("flops")[-1]
+        seconds = seconds + run.get("step")[-1] * _step_seconds(run)
+        steps = steps + run.get("step")[-1]
+    losses = [row["loss"] for row in last.evaluations]
     media = [medium for medium in shares if all(medium in each for each in losses)]
     nats = {m: np.array([each[m]["nats"] for each in losses], float) for m in media}
     whole = sum(shares[medium] for medium in media)
-    nats[ALL] = np.sum([nats[medium] * shares[medium] / whole for medium in media], axis=0)
-    steps = np.array([row["step"] for row in run.evaluations], float)
-    places = np.searchsorted(run.get("step"), steps)
-    seconds = float(np.nanmedian(run.get("step_seconds")))
-    costs = {"flops": run.get("flops")[places], "seconds": steps * seconds}
-    return LossCurve(run.name, steps, costs, nats)
+    parts = {medium: shares[medium] / whole for medium in media}
+    nats[ALL] = np.sum([nats[medium] * part for medium, part in parts.items()], axis=0)
+    gaps = dict(gap)
+    if gaps:
+        gaps[ALL] = sum(gaps[medium] * part for medium, part in parts.items())
+    return LossCurve(runs[0].name, steps, {"flops": flops, "seconds": seconds}, nats, gaps)
+
+
+def _step_seconds(run: Run) -> float:
+    return float(np.nanmedian(run.get("step_seconds")))
 
 
 def cost_to_reach(costs: np.ndarray, nats: np.ndarray, target: float) -> tuple[float, Bound]:

@@ -20,11 +20,16 @@ SERVES = {
 }
 
 
-def _groups(router: str = "token_choice", **num_experts: int) -> str:
+BY_ID = "router = 'token_choice'"
+BY_EXPERT = "router = 'expert_choice', router_noise = true, causal = 'auxiliary'"
+
+
+def _groups(routing: str = BY_ID, **num_experts: int) -> str:
     """These groups instead of others; one of a single expert needs no router."""
     tables = [
         f"{name} = {{modalities = {SERVES[name]}, num_experts = {number}, "
-        f"router = '{router if number > 1 else 'hard'}'}}"
+        + (routing if number > 1 else "router = 'hard'")
+        + "}"
         for name, number in num_experts.items()
     ]
     return f"groups={{{', '.join(tables)}}}"
@@ -35,7 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "shared-8": (_groups(all=8),),
     "1t1v1s": (_groups(text=1, visual=1, speech=1),),
     "4t2v2s": (_groups(text=4, visual=2, speech=2),),
-    "moma": (_groups("expert_choice", text=4, visual=2, speech=2),),
+    "moma": (_groups(BY_EXPERT, text=4, visual=2, speech=2),),
     "mot": ("like=1t1v1s", "untied_attention=true"),
 }
 

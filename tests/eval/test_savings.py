@@ -10,7 +10,8 @@ from mmpt.__main__ import main
 from mmpt.config import UserError, load_recipe
 from mmpt.data.shards import is_heldout
 from mmpt.eval.config import EvaluateConfig
-from mmpt.eval.savings import SavingsRecipe, plan_jobs, savings_command
+from mmpt.eval.savings import SavingsRecipe, savings_command
+from mmpt.eval.savings_jobs import plan_jobs
 from mmpt.eval.savings_variants import VARIANTS
 from mmpt.train.pretrain import train
 from mmpt.train.recipe import load_run_recipe
@@ -75,7 +76,8 @@ def test_two_variants_with_two_seeds_from_the_command_line(tmp_path, recipe, cap
     assert [row["run"] for row in found["runs"]] == ["dense-0", "dense-1", "1t1v1s-0", "1t1v1s-1"]
     assert [row["steps"] for row in found["runs"]] == [8, 8, 4, 4]
     saved = found["savings"]["1t1v1s"]
-    assert saved["flops"]["of a dense step"] == pytest.approx(1.0, rel=0.1)
+    # their rows are not all equally full
+    assert found["step_of_a_dense_one"]["1t1v1s"]["flops"] == pytest.approx(1.0, rel=0.1)
     assert saved["flops"].keys() == saved["seconds"].keys() >= {"all", "text", "image", "speech"}
     for each in found["runs"]:
         rows = (out / each["run"] / "metrics.jsonl").read_text().splitlines()
@@ -106,13 +108,32 @@ def test_a_command_that_was_killed_goes_on_to_the_same_end(tmp_path, recipe):
     resolved, vocabulary = load_run_recipe(SavingsRecipe, recipe)
     jobs = plan_jobs(resolved, ["dense", "small"], resolved.variants, tmp_path / "killed", 1)
     for job, hook in zip(jobs, (None, stop), strict=True):
-        train(job.recipe, job.folder, vocabulary=vocabulary, on_step=hook, progress=False)
+        [stage] = job.stages
+        train(stage.recipe, stage.folder, vocabulary=vocabulary, on_step=hook, progress=False)
     before = (jobs[0].folder / "metrics.jsonl").read_bytes()
     resumed = savings_command(recipe, out=tmp_path / "killed", **options)
     assert timeless(resumed) == timeless(whole)
     assert (jobs[0].folder / "metrics.jsonl").read_bytes() == before  # it was done
     with pytest.raises(UserError, match="was begun with"):
         savings_command(recipe, ["optim.lr=1e-3"], out=tmp_path / "killed", **options)
+
+
+def test_what_inference_cannot_route_has_a_gap_and_auxiliary_routers(tmp_path, recipe):
+    out = tmp_path / "out"
+    found = savings_command(recipe, out=out, variants="moma", seeds=1)
+    moma, dense = (next(r for r in found["runs"] if name in r["run"]) for name in ("moma", "dense"))
+    assert moma["steps"] == 4 + 1  # those of the routers count
+    assert moma["flops"] > 4 * dense["flops"] / 8
+    first, second = (out / name / "evaluations.jsonl" for name in ("moma-0", "moma-0-routers"))
+    assert not first.exists()
+    last = json.loads(second.read_text().splitlines()[-1])["loss"]
+    assert all(moma["nats"][medium] == each["nats"] for medium, each in last.items())
+    gap = found["causality_gap"]["moma"]
+    assert all(abs(nats) > 1e-5 for nats in gap.values())
+    assert found["causality_gap"].keys() == {"moma"}
+    again = savings_command(recipe, out=out, variants="moma", seeds=1)
+    assert timeless(again) == timeless(found)
+    assert again["causality_gap"] == found["causality_gap"]
 
 
 def test_equal_variants_save_nothing_on_equal_rows(tmp_path, recipe):
@@ -166,9 +187,10 @@ def test_evaluations_are_log_spaced():
 def test_the_shipped_recipe_is_one(tmp_path):
     path = Path(__file__).parents[2] / "examples/recipes/savings.toml"
     recipe = load_recipe(SavingsRecipe, path, ["model.vocab_size=100"])
-    names = [name for name in VARIANTS if name not in ("moma", "mot")]
+    names = [name for name in VARIANTS if name != "mot"]
     jobs = plan_jobs(recipe, [*names, *recipe.variants], recipe.variants, tmp_path, 3)
     assert [job.variant for job in jobs[:2]] == ["dense", "shared-8"]
-    assert len(jobs) == 3 * 5
-    assert {job.recipe.steps for job in jobs if job.variant == "dense"} == {2 * recipe.steps}
-    assert {job.recipe.seed for job in jobs} == {0, 1, 2}
+    assert len(jobs) == 3 * 6
+    first = {(job.variant, job.stages[0].recipe.seed): job.stages[0].recipe.steps for job in jobs}
+    assert first["dense", 2] == 2 * recipe.steps
+    assert first["moma", 0] == first["wide-text", 1] == recipe.steps
