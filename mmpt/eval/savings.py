@@ -9,7 +9,7 @@ held-out losses, under the router that inference uses; see `savings_curves` for 
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any

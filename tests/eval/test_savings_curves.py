@@ -25,16 +25,15 @@ def make_curve(steps, eta=1.0, noise=0.0, seed=0, slower=1.0):
     return LossCurve(f"{eta}-{seed}", steps, {"flops": flops, "seconds": slower * steps}, nats)
 
 
-def make_comparison(noise=0.0, seeds=3, **etas):
-    runs = {"dense": [make_curve(2000, noise=noise, seed=seed) for seed in range(seeds)]}
+def make_comparison(etas, noise=0.0):
+    runs = {"dense": [make_curve(2000, noise=noise, seed=seed) for seed in range(3)]}
     for name, eta in etas.items():
-        each = [make_curve(1000, eta, noise, seed, slower=1.25) for seed in range(seeds)]
-        runs[name] = each
+        runs[name] = [make_curve(1000, eta, noise, seed, slower=1.25) for seed in range(3)]
     return Comparison(runs)
 
 
 def test_planted_savings_are_found_exactly_where_there_is_no_noise():
-    compared = make_comparison(better=1.5, worse=0.7)
+    compared = make_comparison({"better": 1.5, "worse": 0.7})
     for name, eta in (("better", 1.5), ("worse", 0.7)):
         for medium in compared.media:
             found = compared.saving(name, medium, "flops")
@@ -58,7 +57,7 @@ def test_intervals_cover_planted_savings_most_of_the_time():
 
 
 def test_equal_runs_save_nothing():
-    compared = make_comparison(same=1.0, noise=0.0)
+    compared = make_comparison({"same": 1.0})
     for cost, eta in (("flops", 1.0), ("seconds", 0.8)):
         for medium in compared.media:
             assert compared.saving("same", medium, cost).value == pytest.approx(eta, rel=1e-3)
@@ -69,7 +68,7 @@ def test_equal_runs_save_nothing():
 
 
 def test_what_the_dense_run_does_not_reach_is_above_and_never_extrapolated():
-    compared = make_comparison(much=3.0, little=0.001)
+    compared = make_comparison({"much": 3.0, "little": 0.001})
     much, little = (compared.saving(name, ALL, "flops") for name in ("much", "little"))
     assert (much.bound, little.bound) == ("above", "below")
     assert much.value == pytest.approx(2.0)  # the dense runs are twice as long
@@ -94,7 +93,7 @@ def test_a_curve_that_does_not_always_fall_is_read_once():
 
 
 def test_the_page_says_what_is_known(read_page):
-    compared = make_comparison(noise=0.003, **{"4t2v2s": 1.5, "much": 3.0, "<b>": 0.9})
+    compared = make_comparison({"4t2v2s": 1.5, "much": 3.0, "<b>": 0.9}, noise=0.003)
     page = read_page(render_savings(compared, {"environment": {"cores": 2}}, "mmpt savings x"))
     assert page.asks_nothing()
     assert "much saves most" in page.text
