@@ -203,8 +203,8 @@ class Ranks:
             apart = self.config.expert > 1 and experts.num_experts > 1
             for bank in experts.banks():
                 self._divide_bank(bank, apart=apart and bank is not experts.shared, lent=lent)
+            layer.experts.always |= apart or lent  # its bank is gathered by all ranks at once
             if apart:
-                layer.experts.always = True
                 experts.expert_group = self.mesh["expert"].get_group()
 
     def _divide_bank(self, bank: Bank, *, apart: bool, lent: bool) -> None:

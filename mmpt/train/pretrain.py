@@ -106,14 +106,13 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
 
 def warn_of_rates(model: ModelConfig) -> None:
     """Say where an id meets so small or large a share of the experts that it rarely pays."""
-    rates = model.activation_rates
     if sum(group.num_experts for group in model.groups.values() if not group.noisy) == 1:
         return  # dense, on purpose
     low, high = USEFUL_RATES
-    for name, rate in rates.items():
-        if not low <= rate <= high:
-            log.warning(
-                "ids of group %s meet %.0f %% of a layer's weights; %.0f to %.0f %% paid in "
-                "arXiv 2506.12119: change num_experts, num_active or expert_hidden",
-                *(name, 100 * rate, 100 * low, 100 * high),
-            )
+    rates = [f"{n} {r:.0%}" for n, r in model.activation_rates.items() if not low <= r <= high]
+    if rates:
+        log.warning(
+            "the share of a layer's weights that an id meets is %s; %.0f to %.0f %% paid in "
+            "arXiv 2506.12119: change num_experts, num_active or expert_hidden",
+            *(", ".join(rates).replace("%", " %"), 100 * low, 100 * high),
+        )

@@ -31,3 +31,12 @@ def test_an_expert_is_dead_while_others_of_its_group_work():
     for each in (routing, again):
         assert each.look(works, scores)["text"]["dead"] == [1]
     assert routing.look({"text": torch.tensor([[0.0, 1.0]])}, scores)["text"]["dead"] == [0]
+
+
+def test_ids_without_experts_and_gradients_are_told_where_there_are_any():
+    loads = {"text": torch.tensor([[5.0, 5.0]]), "image": torch.tensor([[1.0, 3.0]])}
+    unserved = {"text": torch.tensor([[2.0, 8.0]]), "image": torch.tensor([[0.0, 4.0]])}
+    rows = Routing().look(loads, loads, unserved, {"text": torch.tensor([0.5])})
+    assert rows["text"]["unserved"] == [0.25]
+    assert rows["text"]["grad_norm"] == [0.5]
+    assert not {"unserved", "grad_norm"} & set(rows["image"])
