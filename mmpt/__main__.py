@@ -121,6 +121,11 @@ VERBS = {
         "fit held-out losses of runs to their compute, and predict a larger run",
         "runs/s runs/m runs/l runs/xl --out scaling.html --json",
     ),
+    "savings": (
+        "mmpt.eval.savings:savings_command",
+        "train sparse variants beside a dense model, and say how much compute they save",
+        "examples/recipes/savings.toml --out runs/savings --variants dense,4t2v2s --seeds 3",
+    ),
     "bench": (
         "mmpt.bench:bench",
         "measure a part side by side with others",

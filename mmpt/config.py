@@ -31,7 +31,7 @@ def load_recipe(cls: type[T], path: str | Path | None, overrides: Iterable[str] 
     """
     data = {} if path is None else _read_toml(Path(path))
     for override in overrides:
-        _set_override(data, override)
+        set_override(data, override)
     return from_dict(cls, data, where="recipe" if path is None else Path(path).name)
 
 
@@ -53,6 +53,23 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "config") -
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     return cls(**values)
+
+
+def set_override(data: dict[str, Any], override: str) -> None:
+    """Put the value of `key.sub=value` at its place in nested tables; UserError for other texts."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that name=cat works unquoted
+    *tables, last = key.split(".")
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {table!r} is not a table")
+    data[last] = value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -138,19 +155,3 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         name = getattr(plain, "__name__", plain)
         raise UserError(f"{where} must be {name}, not {value!r}")
     return value
-
-
-def _set_override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string, so that name=cat works unquoted
-    *tables, last = key.split(".")
-    for table in tables:
-        data = data.setdefault(table, {})
-        if not isinstance(data, dict):
-            raise UserError(f"override {override!r}: {table!r} is not a table")
-    data[last] = value

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmpt.config import UserError
+from mmpt.config import UserError, load_recipe
 from mmpt.data import sources
 from mmpt.data.indexed import samples_of
 from mmpt.data.remote import find_shards, local_copy
@@ -36,14 +36,22 @@ def list_datasets() -> dict[str, Any]:
     }
 
 
-def prepare(name: str, *, out: Path | None = None, cache: Path | None = None) -> dict[str, Any]:
-    """Fetch the packages of a data set and write its shards into OUT (default: build/NAME)."""
+def prepare(
+    name: str, settings: Sequence[str] = (), *, out: Path | None = None, cache: Path | None = None
+) -> dict[str, Any]:
+    """Fetch the packages of a data set and write its shards into OUT (default: build/NAME).
+
+    Settings are key=value of those that its script has, such as num_episodes=7500 of gridworld.
+    """
     started = time.monotonic()
     out = Path("build") / name if out is None else out
     script = sources.load_script(name)
+    if settings and not hasattr(script, "Settings"):
+        raise UserError(f"{name} has no settings; leave out {' '.join(settings)}")
+    chosen = [load_recipe(script.Settings, None, settings)] if settings else []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        paths = script.main(out, cache or sources.default_cache())
+        paths = script.main(out, cache or sources.default_cache(), *chosen)
     except PermissionError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
     return {

@@ -1,5 +1,6 @@
 """What is measured while a run goes on, as the table `[evaluate]` of a recipe says it."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -35,14 +36,26 @@ class EvaluateConfig:
     """How often, and on how much, held-out documents are looked at."""
 
     every: int = 0  # steps, and at the last one; 0: never
+    growth: float = 0.0  # 0.1: after `every` steps, and then whenever they are 10% more
     documents: int = 32  # held-out ones of each source and medium, evenly spread
-    candidates: int = 4  # that a choice is among
+    candidates: int = 4  # that a choice is among; 0: no choices
     shards: tuple[
         str, ...
     ] = ()  # token shards or folders; those beside the vocabulary unless given
     probes: dict[str, ProbeConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("documents", 1), ("candidates", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"evaluate.{name} = {getattr(self, name)}; use at least {least}")
+        for name, least in (("every", 0), ("growth", 0), ("documents", 1), ("candidates", 2)):
+            value = getattr(self, name)
+            if value < least and (name != "candidates" or value):
+                raise UserError(f"evaluate.{name} = {value}; use at least {least}")
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is an evaluation after this step, be it the last or not."""
+        if not self.every or not self.growth:
+            return bool(self.every) and step % self.every == 0
+
+        def place(step: int) -> int:
+            return math.floor(math.log(step / self.every) / math.log1p(self.growth))
+
+        return step == self.every or (step > self.every and place(step) > place(step - 1))

@@ -19,6 +19,7 @@ from mmpt.eval.heldout import content_streams
 from mmpt.eval.passes import Passes
 from mmpt.eval.probe import measure_probe
 from mmpt.model.transformer import Decoder
+from mmpt.stream import Stream
 from mmpt.train.metrics import forget_after
 from mmpt.train.parallel import Ranks
 from mmpt.train.track import Log
@@ -72,7 +73,7 @@ class Evaluation:
 
     def after(self, step: int, tokens: int, model: Decoder, *, last: bool) -> None:
         """Measure and write a line if it is time to; all ranks call it."""
-        if step % self.config.every == 0 or last:
+        if self.config.is_due(step) or last:
             begin = time.monotonic()
             row = {"step": step, "tokens": tokens} | self.measure(model)
             self._log.write(row | {"seconds": round(time.monotonic() - begin, 3)})
@@ -82,7 +83,7 @@ class Evaluation:
         passes = Passes(model, self._vocabulary, ranks=self._ranks, bf16=self._bf16)
         sources = self._losses(passes)
         choices: dict[str, Any] = {}
-        for medium in MEDIA:
+        for medium in MEDIA if self.config.candidates else ():
             documents = [each.get(medium, []) for each in self._documents.values()]
             choices |= measure_choices(
                 passes,
@@ -109,21 +110,24 @@ class Evaluation:
             "probes": {name: row for name, row in probes.items() if row},
         }
 
+    def streams(self) -> list[tuple[str, str, Stream]]:
+        """Source, medium, and a held-out stream in which content of that medium alone counts."""
+        return [
+            (source, medium.name.lower(), each.told)
+            for source, by_medium in self._documents.items()
+            for medium, documents in by_medium.items()
+            for document in documents
+            for each in content_streams(document, self._vocabulary, medium, self._separator)
+        ]
+
     def _losses(self, passes: Passes) -> dict[str, dict[str, tuple[float, int]]]:
         """Source -> medium -> summed nats, and ids."""
-        keys, streams = [], []
-        for source, by_medium in self._documents.items():
-            for medium, documents in by_medium.items():
-                for document in documents:
-                    for each in content_streams(
-                        document, self._vocabulary, medium, self._separator
-                    ):
-                        keys.append((source, medium.name.lower()))
-                        streams.append(each.told)
+        found = self.streams()
+        nats = passes.nats([stream for *_, stream in found])
         sums: dict[str, dict[str, tuple[float, int]]] = {source: {} for source in self._documents}
-        for (source, medium), stream, nats in zip(keys, streams, passes.nats(streams), strict=True):
+        for (source, medium, stream), each in zip(found, nats, strict=True):
             total, count = sums[source].get(medium, (0.0, 0))
-            sums[source][medium] = total + nats, count + int(stream.loss_weight.sum())
+            sums[source][medium] = total + each, count + int(stream.loss_weight.sum())
         return sums
 
 

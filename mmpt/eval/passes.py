@@ -52,7 +52,7 @@ class Passes:
     def pooled(self, streams: Sequence[Stream], layer: int) -> torch.Tensor:
         """float64 (N, D): the mean, by weight, of the hidden states that a layer gives."""
         kept: list[torch.Tensor] = []
-        hook = self.model.layers[layer].register_forward_hook(lambda *io: kept.append(io[2]))
+        hook = self.model.layers[layer].register_forward_hook(lambda *io: kept.append(io[2][0]))
 
         def measure(rows: Rows) -> torch.Tensor:
             kept.clear()

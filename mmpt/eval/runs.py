@@ -38,7 +38,8 @@ class Window:
 class Run:
     """What is known of a run. columns: name -> float (steps,), see `COLUMNS`, and more:
 
-    MEDIUM loss and MEDIUM ids for each medium that was there, source NAME, entropy GROUP.
+    MEDIUM loss and MEDIUM ids for each medium that was there, source NAME, entropy GROUP; flops:
+    operations up to a step, as the run counted them.
     """
 
     name: str
@@ -168,6 +169,8 @@ class _Reader:
 
     def add(self, row: Values) -> None:
         values = {name: known for name in COLUMNS if (known := finite(row.get(name))) is not None}
+        if counted := _table(row.get("flops")):
+            values["flops"] = float(sum(counted.values()))
         for medium, each in _table(row.get("modality")).items():
             each = _table(each)
             values[f"{medium} loss"] = _or_nan(each.get("loss"))

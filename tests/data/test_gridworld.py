@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,7 @@ import pytest
 
 from mmpt.config import UserError
 from mmpt.data import sources
+from mmpt.data.inspect import prepare
 from mmpt.data.shards import Quarantine, is_heldout, read_documents
 from mmpt.parts import Image, Text
 
@@ -63,12 +65,11 @@ def test_a_piece_holds_two_frames_at_least():
 def shards(tmp_path_factory):
     pytest.importorskip("minigrid")
     out = tmp_path_factory.mktemp("gridworld")
-    settings = gridworld.Settings(num_episodes=12, num_frames=8)
-    return gridworld.main(out, out, settings), settings
+    return gridworld.main(out, out, gridworld.Settings(num_episodes=12, num_frames=8))
 
 
 def test_the_expert_solves_what_it_is_told(shards):
-    documents = list(read_documents(shards[0], Quarantine()))
+    documents = list(read_documents(shards, Quarantine()))
     assert len({document.base for document in documents}) == 12
     for document in documents:
         kinds = [type(part) for part in document.parts]
@@ -83,7 +84,7 @@ def test_the_expert_solves_what_it_is_told(shards):
 
 def test_an_action_changes_only_the_tiles_that_it_concerns(shards):
     changed = set()
-    for document in read_documents(shards[0], Quarantine()):
+    for document in read_documents(shards, Quarantine()):
         pictures = [part.pixels for part in document.parts if isinstance(part, Image)]
         words = [part.text for part in document.parts[2::2]]
         for before, after, word in zip(pictures, pictures[1:], words, strict=False):
@@ -94,6 +95,14 @@ def test_an_action_changes_only_the_tiles_that_it_concerns(shards):
 
 
 def test_equal_seeds_give_equal_shards(shards, tmp_path):
-    again = gridworld.main(tmp_path, tmp_path, shards[1])
-    assert [p.name for p in again] == [p.name for p in shards[0]]
-    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in shards[0]]
+    done = prepare("gridworld", ["num_episodes=12", "num_frames=8"], out=tmp_path)
+    again = [Path(path) for path in done["shards"]]
+    assert [p.name for p in again] == [p.name for p in shards]
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in shards]
+
+
+def test_a_setting_that_is_not_there_is_a_mistake_of_the_user(tmp_path):
+    for name, words in (("gridworld", "unknown key 'episodes'"), ("sampler", "has no settings")):
+        with pytest.raises(UserError, match=words):
+            prepare(name, ["episodes=12"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
