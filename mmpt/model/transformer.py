@@ -23,11 +23,14 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
-from mmpt.model.attention import Attention, Layout, Piece, RMSNorm, Rotary, plan_pieces
+from mmpt.model.attention import Attention, RMSNorm
+from mmpt.model.backends import Piece, plan_pieces
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig
+from mmpt.model.layout import Layout
 from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
+from mmpt.model.rotary import Rotary
 from mmpt.model.weights import read_tensors, upgrade
 from mmpt.vocab import Modality, Vocabulary
 
@@ -39,7 +42,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm, self.expert_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention_norm, self.expert_norm = (
+            RMSNorm(config.width, config.norm_eps) for _ in range(2)
+        )
         self.attention, self.experts = Attention(config), ModalityMoE(config)
         # contexts of a forward pass and of its repetition, where activations are not kept
         self.recompute: Callable[[], tuple[Any, Any]] | None = None
@@ -92,7 +97,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         self.head: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
@@ -267,10 +272,10 @@ class Decoder(nn.Module):
         folder = Path(folder)
         config, version = read_config(folder)
         ours, theirs = (to_dict(replace(each, noisy_rank=0)) for each in (self.config, config))
-        if different := [key for key in ours if ours[key] != theirs.get(key)]:
+        if different := [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]:
             key = different[0]
             raise UserError(
-                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours[key]}; they "
+                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours.get(key)}; they "
                 "must be equal"
             )
         tensors = upgrade(read_tensors(folder), version, config)
@@ -295,7 +300,7 @@ class Decoder(nn.Module):
 
     def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
         """Of a forward pass, with `context` keys seen; a training step takes three times that."""
-        attention = 4 * self.config.width * context * self.config.num_layers
+        attention = 4 * self.config.width_of_heads * context * self.config.num_layers
         return 2 * self.num_active_parameters(modality, noisy=noisy) + attention
 
     def _by_group(self, counted: Callable[[Experts], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -360,7 +365,9 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
     for layer in model.layers:
         assert isinstance(layer, Layer)
         _normal(layer.attention.project_in, config.width**-0.5, generator)
-        _normal(layer.attention.project_out, deep * config.width**-0.5, generator)
+        _normal(layer.attention.project_out, deep * config.width_of_heads**-0.5, generator)
+        if layer.attention.bias_in is not None:
+            layer.attention.bias_in.zero_()
         _initialise_low_rank(layer.attention, generator)
         for experts in layer.experts.experts():
             _normal(experts.bank.gate_up, config.width**-0.5, generator)

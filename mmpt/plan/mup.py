@@ -60,7 +60,7 @@ def check_coordinates(config: ModelConfig, optim: OptimConfig, *, seed: int = 0)
 def widened(config: ModelConfig) -> list[ModelConfig]:
     """The model at several widths: heads of one width, more of them; experts grow alike."""
     sharing = config.num_heads // config.num_kv_heads
-    head_width = min(config.head_width, MAX_HEAD_WIDTH)
+    head_width = min(config.width_per_head, MAX_HEAD_WIDTH)
     unit = sharing * head_width
     return [
         replace(
@@ -70,6 +70,7 @@ def widened(config: ModelConfig) -> list[ModelConfig]:
             num_layers=min(config.num_layers, MAX_LAYERS),
             num_heads=sharing * multiple,
             num_kv_heads=multiple,
+            head_width=head_width,
             expert_hidden=max(config.expert_hidden * unit // config.width, 1) * multiple,
         )
         for multiple in MULTIPLES

@@ -74,6 +74,11 @@ class ParallelConfig:
         ):
             if size % tensor:
                 raise UserError(f"parallel.tensor = {tensor} does not divide model.{name} = {size}")
+        if tensor > 1 and (undivided := model.undivided_attention):
+            raise UserError(
+                f"model.{undivided} is not divided over tensors; use parallel.tensor = 1, not "
+                f"{tensor}"
+            )
         for name, group in model.groups.items():
             if group.num_experts > 1 and group.num_experts % expert:
                 raise UserError(

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from mmpt.model import attention
-from mmpt.model.attention import Layout, Rotary, attend, plan_pieces, visible
+from mmpt.model import backends
+from mmpt.model.backends import attend, plan_pieces
+from mmpt.model.layout import Layout, visible
+from mmpt.model.rotary import Rotary
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_clean_ids_see_no_noisy_id_and_a_block_not_its_own_clean_copy(layout):
 
 
 def test_pieces_equal_dense_attention(layout, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK", 3)
+    monkeypatch.setattr(backends, "CHUNK", 3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, h, 14, 4, generator=generator, dtype=torch.float64) for h in (4, 2, 2)
