@@ -241,7 +241,9 @@ def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter,
             options["action"] = "store_true"
         else:
             options |= {"type": kind, "required": required}
-            options["metavar"] = None if "choices" in options else parameter.name.rstrip("_").upper()
+            options["metavar"] = (
+                None if "choices" in options else parameter.name.rstrip("_").upper()
+            )
             if many:
                 options["nargs"] = "+"
         if not required:

@@ -117,7 +117,6 @@ def _experts(read: _Reader) -> GroupConfig:
         num_experts=read.size("num_experts"),
         num_active=read.size("num_experts_per_tok"),
         router="token_choice",
-        gate="softmax_renormalised" if renormalised else "softmax",
     )
 
 

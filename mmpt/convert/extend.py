@@ -70,9 +70,7 @@ def draw_rows(old: torch.Tensor, count: int, *, seed: int) -> torch.Tensor:
     return (mean + noise @ factor.T.float()).to(old.dtype)
 
 
-def _copy_experts(
-    tensors: dict[str, torch.Tensor], config: ModelConfig
-) -> dict[str, torch.Tensor]:
+def _copy_experts(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     made = {}
     for name, tensor in tensors.items():
         before, mark, after = name.partition(".groups.all.")

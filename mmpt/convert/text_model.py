@@ -78,7 +78,11 @@ def _layer(files: TensorFiles, prefix: str, config: ModelConfig) -> dict[str, to
 
 def _attention(files: TensorFiles, prefix: str, config: ModelConfig) -> dict[str, torch.Tensor]:
     groups, all_heads = config.num_kv_heads, config.width_of_heads
-    heads = {"q": all_heads, "k": groups * config.width_per_head, "v": groups * config.width_per_head}
+    heads = {
+        "q": all_heads,
+        "k": groups * config.width_per_head,
+        "v": groups * config.width_per_head,
+    }
 
     def stack(kind: str, *shape: int) -> torch.Tensor:
         parts = [files.read(f"{prefix}{n}_proj.{kind}", num, *shape) for n, num in heads.items()]

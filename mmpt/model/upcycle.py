@@ -50,7 +50,10 @@ def upcycle(model: Decoder, config: ModelConfig, *, seed: int = 0) -> Decoder:
     tensors = fresh | expand(model.state_dict(), grown)
     generator = torch.Generator().manual_seed(seed)
     for name, router in tensors.items():
-        if name.endswith(".router") and config.groups[_group(name)] != model.config.groups[_group(name)]:
+        if (
+            name.endswith(".router")
+            and config.groups[_group(name)] != model.config.groups[_group(name)]
+        ):
             noise = torch.randn(router.shape, generator=generator)
             tensors[name] = router + SCATTER * config.width**-0.5 * noise.to(router)
     dtype = model.embedding.dtype

@@ -1,4 +1,4 @@
-"""Text codec: BPE of Hugging Face `tokenizers`, learnt here or read from a tokenizer.json of others.
+"""Text codec: BPE of Hugging Face `tokenizers`, learnt here or read from others' tokenizer.json.
 
 Structure ids live behind the text ids, so a user who writes `<boi>` gets five ordinary characters.
 The special tokens of others keep their ids, and no text is ever encoded as one of them.

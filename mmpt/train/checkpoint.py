@@ -116,9 +116,7 @@ class Checkpoints:
         failure, self._failure = self._failure, None
         return failure
 
-    def save(
-        self, model: Decoder, optimizer: torch.optim.Optimizer | None, moment: Moment
-    ) -> Path:
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer | None, moment: Moment) -> Path:
         """Write a checkpoint; UserError when that fails."""
         path = self.begin(model, optimizer, moment)
         if failure := self.wait():
