@@ -111,12 +111,13 @@ class _Reader:
 
 
 def _experts(read: _Reader) -> GroupConfig:
-    renormalised = read.config.get("norm_topk_prob") is True
     return GroupConfig(
         modalities=ALL,
         num_experts=read.size("num_experts"),
         num_active=read.size("num_experts_per_tok"),
         router="token_choice",
+        gate="softmax",
+        renormalise=read.config.get("norm_topk_prob") is True,
     )
 
 

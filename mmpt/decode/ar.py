@@ -94,9 +94,11 @@ class Prefix:
 
     @torch.no_grad()
     def block_scores(
-        self, codes: torch.Tensor, modality: Modality, candidates: torch.Tensor
+        self, codes: torch.Tensor, modality: Modality, candidates: torch.Tensor, *, time: float
     ) -> torch.Tensor:
         """Guided scores (samples, N, V) of a noisy block's codes (samples, N); commits nothing.
+
+        time: from 0 (noise) to 1 (clean).
 
         The block stands behind the slot, a copy of the last id: the output at the slot and at each
         code but the last is about the code behind it.
@@ -112,6 +114,7 @@ class Prefix:
             document=torch.zeros_like(ids),
             block=torch.zeros_like(ids),
             limit=(start - 1).expand_as(ids),
+            time=torch.full(ids.shape, time, device=self.device),
             cache=self.cache,
             append=False,
         )

@@ -104,21 +104,26 @@ def corrupt(
     return _cat(clean, noisy)
 
 
-def joint_forward(model: Decoder, joint: JointRows) -> torch.Tensor:
+def joint_forward(
+    model: Decoder, joint: JointRows, *, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """Hidden states (B, L + M, D) of clean and noisy ids, in one pass over the joint layout.
+
+    noise: int64 (B,), seeds of what routers draw.
 
     When clean ids meet frozen weights only, they are computed first and without gradients, and the
     noisy ids read their keys from a cache: the same numbers at about half the cost.
     """
-    names = ("ids", "modality", "document", "position", "block", "limit")
+    names = ("ids", "modality", "document", "position", "block", "limit", "time")
     columns = {name: getattr(joint, name) for name in names}
     if not model.frozen_clean or joint.num_clean == joint.ids.shape[1]:
-        return model(**columns)
+        return model(**columns, noise=noise)
     cache = model.new_cache()
     with torch.no_grad():
         clean = model(**{name: c[:, : joint.num_clean] for name, c in columns.items()}, cache=cache)
     noisy = {name: c[:, joint.num_clean :] for name, c in columns.items()}
-    return torch.cat((clean, model(**noisy, cache=cache, append=False)), dim=1)
+    hidden = model(**noisy, noise=noise, cache=cache, append=False)
+    return torch.cat((clean, hidden), dim=1)
 
 
 class BlockLoss(NamedTuple):
@@ -233,7 +238,7 @@ def denoise_passes(
         uniform = uniforms(generators, block, prefix.device)
         index = (uniform * count).long().clamp(max=count - 1) + first
         for now, then in pairwise(times):
-            scores = prefix.block_scores(candidates[index], modality, candidates)
+            scores = prefix.block_scores(candidates[index], modality, candidates, time=now)
             scores = scores.masked_fill(elsewhere, -torch.inf)
             uniform = uniforms(generators, 2 * block, prefix.device)
             guess = draw(sampling.probabilities(scores), uniform[:, :block])

@@ -131,7 +131,7 @@ def flops_per_id(model: Values) -> dict[str, float]:
 
     from mmpt.config import from_dict
     from mmpt.model.config import ModelConfig
-    from mmpt.model.moe import group_table
+    from mmpt.model.dispatch import group_table
     from mmpt.model.transformer import Decoder
     from mmpt.vocab import Modality
 

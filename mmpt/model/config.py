@@ -5,13 +5,13 @@ A group may serve several modalities: `{"all": GroupConfig(modalities=("text", "
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from mmpt.config import UserError
 from mmpt.vocab import Modality
 
-Router = Literal["hard", "token_choice"]
+Router = Literal["hard", "hash", "token_choice", "expert_choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,26 @@ class GroupConfig:
 
     modalities: tuple[str, ...]
     num_experts: int = 1
-    num_active: int = 1  # experts per id
-    router: Router = "hard"  # hard: the only expert; token_choice: the best `num_active`, dropless
+    num_active: int = 1  # experts per id; with expert choice the mean over ids
+    # hard: the only expert; hash: those that a hash of the id says; token_choice: the best ones of
+    # each id, dropless; expert_choice: each expert takes its best ids
+    router: Router = "hard"
     noisy: bool = False  # serves ids that are being denoised, not committed ones
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: over all experts, as OLMoE
+    renormalise: bool = False  # gates of an id sum to one, as in Mixtral
+    balance: Literal["bias", "loss", "none"] = "bias"  # token choice: what evens the load
+    balance_loss: float = 0.01  # weight, with balance = loss
+    router_z_loss: float = 0.0  # weight of logsumexp^2
+    shared_hidden: int = 0  # hidden width of an expert that every id takes; 0: none
+    num_identity: int = 0  # further experts, of token choice, that give back what they get
+    # expert choice: which ids compete, those of a batch or of a document (clean ids), or of a block
+    # (noisy ones)
+    scope: Literal["batch", "sequence", "block"] = "batch"
+    capacity_slope: float = 0.0  # capacity x (1 + slope (2t - 1)) at time t: 0 noise, 1 clean
+    router_noise: bool = False  # expert choice: Gumbel-sigmoid noise while training
+    # expert choice of clean ids where later ids must not count, that is everywhere but in training:
+    # the best `num_active`, or auxiliary routers that are trained for it
+    causal: Literal["token_choice", "auxiliary"] = "token_choice"
 
     def __post_init__(self) -> None:
         known = [modality.name.lower() for modality in Modality]
@@ -38,6 +55,69 @@ class GroupConfig:
             raise UserError(
                 f"the hard router has one expert, not {self.num_experts}; use router = token_choice"
             )
+        for name in ("balance_loss", "router_z_loss", "shared_hidden", "num_identity"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} = {getattr(self, name)}; use at least 0")
+        if self.renormalise and self.num_active == 1:
+            raise UserError(
+                "renormalise makes the gate of a single expert 1, from which no router learns; use "
+                "num_active = 2 or more"
+            )
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """What only some routers can do."""
+        chosen = self.router == "expert_choice"
+        if self.num_identity and self.router != "token_choice":
+            raise UserError(f"num_identity needs router = token_choice, not {self.router}")
+        if chosen and self.noisy != (self.scope == "block"):
+            raise UserError(
+                f"expert choice of {'noisy' if self.noisy else 'clean'} ids with scope = "
+                f"{self.scope}; use {'block' if self.noisy else 'batch or sequence'}"
+            )
+        if chosen and (self.renormalise or self.balance == "loss"):
+            raise UserError("expert choice is balanced as it is; leave out renormalise and balance")
+        if not chosen and (self.router_noise or self.capacity_slope or self.causal == "auxiliary"):
+            raise UserError(
+                "router_noise, capacity_slope and causal = auxiliary need router = expert_choice, "
+                f"not {self.router}"
+            )
+        if not -1 <= self.capacity_slope <= 1:
+            raise UserError(f"capacity_slope = {self.capacity_slope}; use -1 to 1")
+
+    def for_noisy(
+        self, media: tuple[str, ...], router: Router | None = None, slope: float = 0.0
+    ) -> "GroupConfig":
+        """The group of the noisy ids of `media` that is grown from this one.
+
+        router: of groups of several experts, this one's unless given. Expert choice is by block.
+        slope: `capacity_slope`, this one's where it is 0.
+        """
+        router = router if router and self.num_experts > 1 else self.router
+        options: dict[str, Any] = {"modalities": media, "noisy": True, "router": router}
+        if router == "expert_choice":
+            if not self.learned:
+                raise UserError(f"expert choice needs routers to start from, not {self.router}")
+            options |= {"scope": "block", "capacity_slope": slope or self.capacity_slope}
+            options |= {"balance": "bias", "renormalise": False, "causal": "token_choice"}
+        elif self.router == "expert_choice":
+            options |= {"capacity_slope": 0.0, "router_noise": False, "causal": "token_choice"}
+        return replace(self, **options)
+
+    @property
+    def num_choices(self) -> int:
+        """Experts that the router chooses from."""
+        return self.num_experts + self.num_identity
+
+    @property
+    def mean_active(self) -> float:
+        """Experts that compute something, per id, the shared one not counted, at an even load."""
+        return self.num_active * self.num_experts / self.num_choices
+
+    @property
+    def learned(self) -> bool:
+        """Whether the router has weights."""
+        return self.router in ("token_choice", "expert_choice")
 
 
 def default_groups() -> dict[str, GroupConfig]:
@@ -93,6 +173,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     noisy_rank: int = 16  # rank of the low-rank attention weights of noisy ids; 0: none
     groups: dict[str, GroupConfig] = field(default_factory=default_groups)
+    expert_share_every: int = 1  # adjacent layers that have one set of experts, each its own router
     vocabulary: str = ""  # fingerprint of the vocabulary that the ids come from
 
     def __post_init__(self) -> None:
@@ -110,6 +191,8 @@ class ModelConfig:
             raise UserError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.expert_share_every < 1:
+            raise UserError(f"expert_share_every = {self.expert_share_every}; use 1 or more")
         _check_groups(self.groups)
 
     @property
@@ -132,6 +215,22 @@ class ModelConfig:
     def ordered_groups(self) -> dict[str, GroupConfig]:
         """The groups of clean ids first, then those of noisy ids: the order of a dispatch."""
         return dict(sorted(self.groups.items(), key=lambda item: item[1].noisy))
+
+    @property
+    def activation_rates(self) -> dict[str, float]:
+        """Of each clean group: the share of a layer's weights that an id meets.
+
+        (4 + 3b) / (4 + 3m) with b the hidden widths that it meets, and m all there are, over the
+        width (arXiv 2506.12119). Noisy groups, which come with adaptation, do not count.
+        """
+        clean = {name: group for name, group in self.groups.items() if not group.noisy}
+        hidden = self.expert_hidden
+        stored = sum(g.num_experts * hidden + g.shared_hidden for g in clean.values()) / self.width
+        met = {
+            name: (g.mean_active * hidden + g.shared_hidden) / self.width
+            for name, g in clean.items()
+        }
+        return {name: (4 + 3 * b) / (4 + 3 * stored) for name, b in met.items()}
 
 
 def _check_groups(groups: Mapping[str, GroupConfig]) -> None:

@@ -27,9 +27,10 @@ from mmpt.model.attention import Attention, RMSNorm
 from mmpt.model.backends import Piece, plan_pieces
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
-from mmpt.model.config import ModelConfig
+from mmpt.model.config import ModelConfig, Router
+from mmpt.model.dispatch import Dispatch, group_table
 from mmpt.model.layout import Layout
-from mmpt.model.moe import Dispatch, Experts, ModalityMoE, group_table
+from mmpt.model.moe import Experts, ModalityMoE
 from mmpt.model.rotary import Rotary
 from mmpt.model.weights import read_tensors, upgrade
 from mmpt.vocab import Modality, Vocabulary
@@ -40,12 +41,16 @@ FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no ba
 class Layer(nn.Module):
     """Attention, then experts, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, *, number: int = 0, lender: "Layer | None" = None
+    ) -> None:
         super().__init__()
         self.attention_norm, self.expert_norm = (
             RMSNorm(config.width, config.norm_eps) for _ in range(2)
         )
-        self.attention, self.experts = Attention(config), ModalityMoE(config)
+        self.attention = Attention(config)
+        lent = None if lender is None else lender.experts
+        self.experts = ModalityMoE(config, layer=number, lender=lent)
         # contexts of a forward pass and of its repetition, where activations are not kept
         self.recompute: Callable[[], tuple[Any, Any]] | None = None
 
@@ -57,7 +62,8 @@ class Layer(nn.Module):
         pieces: list[Piece] | None,
         dispatch: Dispatch,
         cache: LayerCache | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream behind this layer, and (B, T) what ids add to losses of routers, if any."""
         inputs = x_BTD, rotary, pieces, dispatch, cache
         if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
             return self._compute(*inputs)
@@ -76,7 +82,7 @@ class Layer(nn.Module):
         pieces: list[Piece] | None,
         dispatch: Dispatch,
         cache: LayerCache | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = x_BTD + self.attention(
             self.attention_norm(x_BTD),
             rotary=rotary,
@@ -84,7 +90,8 @@ class Layer(nn.Module):
             noisy_index=dispatch.noisy_index,
             cache=cache,
         )
-        return x_BTD + self.experts(self.expert_norm(x_BTD), dispatch)
+        y_BTD, loss_BT = self.experts(self.expert_norm(x_BTD), dispatch)
+        return x_BTD + y_BTD, loss_BT
 
 
 class Decoder(nn.Module):
@@ -96,7 +103,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList()
+        for number in range(config.num_layers):
+            self.layers.append(Layer(config, number=number, lender=self._lender(number)))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head: nn.Parameter | None = None
         if not config.tie_embeddings:
@@ -105,6 +114,7 @@ class Decoder(nn.Module):
             for layer in self._attentions():
                 layer.add_noisy(config.noisy_rank)
         self.register_buffer("groups", group_table(config), persistent=False)
+        self._router_loss: torch.Tensor | None = None
 
     @classmethod
     def from_config(cls, config: ModelConfig, *, seed: int = 0) -> "Decoder":
@@ -129,6 +139,8 @@ class Decoder(nn.Module):
         document: torch.Tensor | None = None,
         block: torch.Tensor | None = None,
         limit: torch.Tensor | None = None,
+        time: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         cache: KVCache | None = None,
         append: bool = True,
     ) -> torch.Tensor:
@@ -136,22 +148,30 @@ class Decoder(nn.Module):
 
         modality, position, document, block, limit: int64 (B, T), see `Layout`. Without `document` a
         row is one document without pads; without `position` its ids are counted on from the cache.
+        time: float (B, T), from 0 (noise) to 1 (clean), and noise: int64 (B,), see `Dispatch.plan`.
         With a cache, the ids see what it holds, and are appended to it unless `append` is False.
         """
         past = 0 if cache is None else len(cache)
         plain = document is None and block is None and past == 0
         layout = _layout(ids, position, document, block, limit, past)
         pieces = None if plain else _pieces(layout, cache)
-        group = self.groups[(layout.block >= 0).long(), modality]
+        group = self.groups[(layout.block >= 0).long(), modality.clamp(0, len(Modality) - 1)]
+        known = (modality >= 0) & (modality < len(Modality))
+        group = torch.where(known, group, len(self.config.groups) + 1)
         group = torch.where(layout.document < 0, len(self.config.groups), group)
-        dispatch = Dispatch.plan(group, self.config)
+        dispatch = Dispatch.plan(group, self.config, ids=ids, layout=layout, time=time, noise=noise)
         if cache is not None:
             cache.begin(append=append)
         x_BTD = F.embedding(ids, self.embedding)
         rotary = Rotary.at(layout.position, self.config, x_BTD.dtype)
+        losses: list[torch.Tensor] = []
         for number, layer in enumerate(self.layers):
             kept = None if cache is None else cache.layers[number]
-            x_BTD = layer(x_BTD, rotary=rotary, pieces=pieces, dispatch=dispatch, cache=kept)
+            x_BTD, loss_BT = layer(
+                x_BTD, rotary=rotary, pieces=pieces, dispatch=dispatch, cache=kept
+            )
+            losses += [] if loss_BT is None else [loss_BT]
+        self._router_loss = torch.stack(losses).sum(0) / len(self.layers) if losses else None
         if cache is not None and append:
             cache.commit(layout)
         return self.norm(x_BTD)
@@ -162,27 +182,39 @@ class Decoder(nn.Module):
         scores = F.linear(hidden, weight if ids is None else weight.index_select(0, ids))
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
+    def take_router_loss(self) -> torch.Tensor | None:
+        """Of the last forward pass, once: float (B, T), what each id adds, the mean over layers.
+
+        Balance loss and z-loss with their weights, or the loss of auxiliary routers; None without.
+        """
+        loss, self._router_loss = self._router_loss, None
+        return loss
+
     def new_cache(self) -> KVCache:
         """An empty cache for this model."""
         return KVCache(self.config.num_layers)
 
-    def add_noisy_groups(self, *, seed: int = 0) -> None:
+    def add_noisy_groups(
+        self, *, seed: int = 0, router: Router | None = None, capacity_slope: float = 0.0
+    ) -> None:
         """Grow the experts of noisy ids as copies of the clean ones, once per group with media.
 
         Low-rank attention weights of `config.noisy_rank` come with them, zero at the start: a noisy
-        id is then computed exactly as a clean one. Nothing changes for clean ids, ever.
+        id is then computed exactly as a clean one. Nothing changes for clean ids, ever. router and
+        capacity_slope: see `GroupConfig.for_noisy`; with another router experts are chosen anew.
         """
         grown = dict(self.config.groups)
         for name, group in self.config.groups.items():
             media = tuple(m for m in group.modalities if m != Modality.TEXT.name.lower())
             if media and not group.noisy and f"noisy_{name}" not in grown:
-                grown[f"noisy_{name}"] = replace(group, modalities=media, noisy=True)
+                grown[f"noisy_{name}"] = group.for_noisy(media, router, capacity_slope)
         if grown == self.config.groups:
             return
         self.config = replace(self.config, groups=grown)
         generator = torch.Generator().manual_seed(seed)
-        for layer in self._layers():
-            layer.experts.grow(self.config)
+        for number, layer in enumerate(self._layers()):
+            lender = self._lender(number)
+            layer.experts.grow(self.config, None if lender is None else lender.experts)
             if self.config.noisy_rank:
                 layer.attention.add_noisy(self.config.noisy_rank)
                 _initialise_low_rank(layer.attention, generator)
@@ -197,15 +229,30 @@ class Decoder(nn.Module):
         if not any(group.noisy for group in self.config.groups.values()):
             raise UserError("this model has no noisy groups; call add_noisy_groups() first")
         self.requires_grad_(False)
-        trained = [p for noisy, p in self._used_by_noisy() if noisy]
+        trained = [p for name, p in self.named_parameters() if self._noisy_only(name)]
         for parameter in trained:
             parameter.requires_grad_()
         return trained
 
+    def freeze_for_routers(self) -> None:
+        """Train only the auxiliary routers; UserError where there are none."""
+        auxiliary = [e.auxiliary for e in self._groups() if e.auxiliary is not None]
+        if not auxiliary:
+            raise UserError(
+                "no group of this model has causal = auxiliary; only such have routers to train"
+            )
+        self.requires_grad_(False)
+        for each in auxiliary:
+            each.requires_grad_()
+
     @property
     def frozen_clean(self) -> bool:
-        """Whether clean ids are computed by frozen weights only."""
-        return not any(p.requires_grad for noisy, p in self._used_by_noisy() if not noisy)
+        """Whether clean ids are computed by frozen weights only, auxiliary routers aside."""
+        return not any(
+            p.requires_grad
+            for n, p in self.named_parameters()
+            if not (self._noisy_only(n) or ".auxiliary." in n)
+        )
 
     def update_balance(self, rate: float = 1e-3) -> None:
         """After an optimiser step: move the routers' biases against the load, and reset it."""
@@ -213,8 +260,8 @@ class Decoder(nn.Module):
             experts.update_balance(rate)
 
     def sum_loads(self, group: ProcessGroup) -> None:
-        """Add up over ranks what `expert_loads` and `router_scores` counted on each."""
-        counted = [each for e in self._groups() for each in (e.load, e.scores)]
+        """Add up over ranks what experts counted on each."""
+        counted = [each for e in self._groups() for each in (e.load, e.scores, e.unserved)]
         flat = torch.cat(counted)
         distributed.all_reduce(flat, group=group)
         for each, total in zip(counted, flat.split([len(c) for c in counted]), strict=True):
@@ -227,6 +274,20 @@ class Decoder(nn.Module):
     def router_scores(self) -> dict[str, torch.Tensor]:
         """Per group (layers, experts): sums of the routers' scores, over the same ids."""
         return self._by_group(lambda experts: experts.scores)
+
+    def routers(self) -> dict[str, list[nn.Parameter]]:
+        """Per group that has any: the weights of its routers that are trained, by layer."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name in self.config.ordered_groups:
+            for layer in self._layers():
+                router = layer.experts.groups[name].router
+                if isinstance(router, nn.Parameter) and router.requires_grad:
+                    found.setdefault(name, []).append(router)
+        return found
+
+    def unserved(self) -> dict[str, torch.Tensor]:
+        """Per group (layers, 2): the ids that no expert computed, and all, where routers choose."""
+        return self._by_group(lambda experts: experts.unserved)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""
@@ -288,14 +349,18 @@ class Decoder(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_active_parameters(self, modality: Modality, *, noisy: bool = False) -> int:
-        """Weights that one id of this medium multiplies with, the head included."""
+        """Weights that one id of this medium multiplies with, the head included.
+
+        The mean, where routers choose how many experts; without auxiliary routers, which training
+        does not use.
+        """
         config, attention = self.config, next(iter(self._attentions()))
-        per_expert = 3 * config.width * config.expert_hidden
         name = list(config.ordered_groups)[int(self.groups[int(noisy), modality])]
         group = config.groups[name]
-        router = config.width * group.num_experts if group.router == "token_choice" else 0
+        hidden = round(group.mean_active * config.expert_hidden) + group.shared_hidden
+        router = config.width * group.num_choices if group.learned else 0
         layer = sum(p.numel() for n, p in attention.named_parameters() if noisy or "noisy" not in n)
-        layer += per_expert * group.num_active + router + 2 * config.width
+        layer += 3 * config.width * hidden + router + 2 * config.width
         return config.num_layers * layer + config.width * (config.vocab_size + 1)
 
     def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
@@ -308,11 +373,15 @@ class Decoder(nn.Module):
         pairs = zip(self.config.ordered_groups, zip(*layers, strict=True), strict=True)
         return {name: torch.stack(of_layers) for name, of_layers in pairs}
 
-    def _used_by_noisy(self) -> list[tuple[bool, nn.Parameter]]:
-        # each parameter, and whether noisy ids alone use it
+    def _noisy_only(self, name: str) -> bool:
+        """Whether noisy ids alone use a parameter."""
         names = {name for name, group in self.config.groups.items() if group.noisy}
-        names |= {"noisy_in", "noisy_out"}
-        return [(bool(names & set(n.split("."))), p) for n, p in self.named_parameters()]
+        return bool((names | {"noisy_in", "noisy_out"}) & set(name.split(".")))
+
+    def _lender(self, number: int) -> Layer | None:
+        """The layer whose experts another one shares; None where that has its own."""
+        first = number - number % self.config.expert_share_every
+        return None if first == number else self._layers()[first]
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type] # ModuleList forgets the class
@@ -370,10 +439,14 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
             layer.attention.bias_in.zero_()
         _initialise_low_rank(layer.attention, generator)
         for experts in layer.experts.experts():
-            _normal(experts.bank.gate_up, config.width**-0.5, generator)
-            _normal(experts.bank.down, deep * config.expert_hidden**-0.5, generator)
+            for bank in experts.banks():
+                _normal(bank.gate_up, config.width**-0.5, generator)
+                _normal(bank.down, deep * bank.down.shape[1] ** -0.5, generator)
             if experts.router is not None:
                 _normal(experts.router, 0.1 * config.width**-0.5, generator)
+            if experts.auxiliary is not None:
+                _normal(experts.auxiliary.inner, config.width**-0.5, generator)
+                experts.auxiliary.outer.zero_()
 
 
 @torch.no_grad()

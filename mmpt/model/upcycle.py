@@ -29,16 +29,21 @@ def upcycle_config(
     for name, count in experts.items():
         if name not in groups:
             raise UserError(f"no group {name!r}; this model has {', '.join(groups)}")
-        if groups[name].num_experts != 1:
+        group = groups[name]
+        if group.num_experts != 1:
             raise UserError(
-                f"group {name} has {groups[name].num_experts} experts; only a group of one expert "
-                "can be grown"
+                f"group {name} has {group.num_experts} experts; only a group of one can be grown"
+            )
+        plain = group.router in ("hard", "hash", "token_choice") and group.gate == "sigmoid"
+        if not plain or group.renormalise or group.num_identity:
+            raise UserError(
+                f"group {name} has router = {group.router}, gate = {group.gate}, renormalise = "
+                f"{group.renormalise}, num_identity = {group.num_identity}; only sigmoid gates of "
+                "token choice keep the function"
             )
         if not 2 <= count <= MOST:
             raise UserError(f"{name}={count}; use 2 to {MOST} experts")
-        groups[name] = replace(
-            groups[name], num_experts=count, num_active=active, router="token_choice"
-        )
+        groups[name] = replace(group, num_experts=count, num_active=active, router="token_choice")
     return replace(config, groups=groups)
 
 

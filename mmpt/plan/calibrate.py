@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
+from mmpt.model.dispatch import Dispatch, group_table
 from mmpt.model.layout import Layout as AttentionLayout
-from mmpt.model.moe import Dispatch, group_table
 from mmpt.model.rotary import Rotary
 from mmpt.model.transformer import Layer
 from mmpt.plan.machines import Machine
@@ -192,12 +192,13 @@ def _small_step(work: Workload) -> float:
     modality = torch.arange(len(Modality))[None]
     layout = AttentionLayout.clean(torch.zeros_like(modality), modality)
     rotary = Rotary.at(layout.position, config, torch.float32)
-    dispatch = Dispatch.plan(group_table(config)[0, modality], config)
+    group = group_table(config)[0, modality]
+    dispatch = Dispatch.plan(group, config, ids=torch.zeros_like(modality), layout=layout)
     x = torch.randn(1, len(Modality), config.width, requires_grad=True)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=work.products == 2):
-            y = layer(x, rotary=rotary, pieces=None, dispatch=dispatch, cache=None)
+            y, _ = layer(x, rotary=rotary, pieces=None, dispatch=dispatch, cache=None)
         y.sum().backward()
 
     return _best(step)

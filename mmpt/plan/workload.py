@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmpt.model.config import GroupConfig, ModelConfig
-from mmpt.model.moe import group_table
+from mmpt.model.dispatch import group_table
 from mmpt.model.transformer import Decoder
 from mmpt.train.optim import is_matrix
 from mmpt.train.recipe import TrainRecipe
@@ -19,7 +19,7 @@ from mmpt.vocab import Modality
 
 ROOT = ""  # the unit of what is in no layer
 # sides that `tensor` divides, by the end of a weight's name; see Ranks.spread
-TENSOR_SIDES = {"project_in": 0, "project_out": 1, "gate_up": 3, "bank.down": 1}
+TENSOR_SIDES = {"project_in": 0, "project_out": 1, "gate_up": 3, "bank.down": 1, "shared.down": 1}
 TENSOR_SIDES |= {"noisy_in.up": 0, "noisy_out.down": 1}
 
 
@@ -123,12 +123,13 @@ def _weights(model: Decoder) -> tuple[Weight, ...]:
             if number != "0":
                 continue
         bank = ".bank." in short
+        num = -(-model.config.num_layers // (model.config.expert_share_every if bank else 1))
         sides = (side for end, side in TENSOR_SIDES.items() if short.endswith(end))
         weights.append(
             Weight(
                 name=within,
                 shape=tuple(parameter.shape),
-                num=model.config.num_layers if layer else 1,
+                num=num if layer else 1,
                 group=short.split(".")[2] if bank else None,
                 orthogonal=is_matrix(name, parameter),
                 tensor_side=next(sides, None),

@@ -18,7 +18,7 @@ from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows
 from mmpt.train.checkpoint import begun_with, checkpoints_of, find_model
 from mmpt.train.loop import Trainer
-from mmpt.train.loss import Losses, modality_weights, next_weight, score_next
+from mmpt.train.loss import Losses, draw_seeds, modality_weights, next_weight, score_next
 from mmpt.train.metrics import Metrics
 from mmpt.train.recipe import AdaptRecipe, load_run_recipe
 from mmpt.train.result import TrainResult
@@ -54,7 +54,9 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
 
     def build() -> Decoder:
         model = Decoder.load(start, vocabulary=vocabulary)
-        model.add_noisy_groups(seed=recipe.seed)
+        model.add_noisy_groups(
+            seed=recipe.seed, router=recipe.router, capacity_slope=recipe.capacity_slope
+        )
         if not recipe.autoregressive:
             model.freeze_for_adaptation()
         return model
@@ -79,10 +81,12 @@ class NoisyBatch:
 
     joint: JointRows
     weight: torch.Tensor
+    noise: torch.Tensor | None = None  # int64 (B,), seeds of what routers draw
 
     def to(self, device: torch.device | str) -> "NoisyBatch":
         """The same batch on another device."""
-        return NoisyBatch(self.joint.to(device), self.weight.to(device))
+        noise = None if self.noise is None else self.noise.to(device)
+        return NoisyBatch(self.joint.to(device), self.weight.to(device), noise)
 
 
 class Denoise:
@@ -110,12 +114,12 @@ class Denoise:
         if self.autoregressive:
             clean = self.autoregressive * next_weight(rows, self.weights)
             weight[:, : joint.num_clean] = clean
-        return NoisyBatch(joint, weight)
+        return NoisyBatch(joint, weight, draw_seeds(generators))
 
     def losses(self, model: Decoder, batch: NoisyBatch) -> Losses:
         """One joint pass, scored on the noisy positions, and on the clean ones if asked to."""
         joint = batch.joint
-        hidden = joint_forward(model, joint)
+        hidden = joint_forward(model, joint, noise=batch.noise)
         total = hidden[:, :0].sum()  # where there is no block, too, gradients are zero
         nats, counts = torch.zeros(2, len(Modality), dtype=torch.float64, device=hidden.device)
         for modality, loss in denoising_loss(model, self.vocabulary, joint, hidden).items():

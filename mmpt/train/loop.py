@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import islice
@@ -47,7 +47,7 @@ from mmpt.train.metrics import (
     summary,
 )
 from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
-from mmpt.train.parallel import Ranks, clip_gradients
+from mmpt.train.parallel import Ranks, clip_gradients, gradient_norms
 from mmpt.train.recipe import RunRecipe, keep_recipe
 from mmpt.train.restore import load_checkpoint
 from mmpt.train.result import Counters, TrainResult
@@ -193,6 +193,7 @@ class Trainer:
             self.guard.forget()
         self.stage.apply(counters.step)
         laps.begin("ranks")
+        routers = self._router_gradients()
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
         total, sums = self._sum(losses, read)
         nats, counts, *noisy = sums[:4].tolist()
@@ -201,7 +202,7 @@ class Trainer:
         laps.begin("optimizer")
         loss = total / (weight or 1.0)
         reason = self._judge(loss, norm, nats, counts)
-        loads, routing = self._update(rate if losses and not reason else 0.0)
+        loads, routing = self._update(rate if losses and not reason else 0.0, routers)
         num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts, noisy[1])
         counters.step += 1
         counters.tokens += num_tokens
@@ -339,8 +340,20 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = self.objective.losses(self.model, batch)
         laps.begin("backward")
-        (losses.total / weight).backward()
+        total, routers = losses.total, self.model.take_router_loss()
+        if routers is not None:  # a sum over ids as well; it is no part of the loss that is told
+            total = total + routers.sum()
+        (total / weight).backward()
         return losses
+
+    def _router_gradients(self) -> dict[str, torch.Tensor]:
+        """Per group (layers,): norms of the gradients of its routers, before they are clipped."""
+        routers = self.model.routers()
+        if not routers:
+            return {}
+        norms = gradient_norms([each for layers in routers.values() for each in layers]).cpu()
+        split = norms.split([len(layers) for layers in routers.values()])
+        return dict(zip(routers, split, strict=True))
 
     def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4) on the host:
@@ -364,11 +377,14 @@ class Trainer:
             log.warning("step %d is skipped: %s", self.counters.step + 1, reason)
         return reason
 
-    def _update(self, rate: float) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+    def _update(
+        self, rate: float, routers: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
         """Apply the gradients unless the rate is 0; returns what experts and routers did."""
-        loads, scores = (
+        model = self.model
+        loads, scores, unserved = (
             {name: each.cpu() for name, each in counted.items()}
-            for counted in (self.model.expert_loads(), self.model.router_scores())
+            for counted in (model.expert_loads(), model.router_scores(), model.unserved())
         )
         if rate:
             set_learning_rate(self.optimizer, rate)
@@ -379,7 +395,7 @@ class Trainer:
         else:
             self.model.update_balance(0.0)
         self.optimizer.zero_grad()
-        routing = self.routing.look(loads, scores)
+        routing = self.routing.look(loads, scores, unserved, routers)
         return {name: load.int().tolist() for name, load in loads.items()}, routing
 
     def _stop_if_hopeless(self, reason: str | None, rate: float) -> None:

@@ -62,16 +62,18 @@ class Objective(Protocol):
 class NextBatch:
     """Rows, the ids (B, L) that the model is shown, and the weight (B, L) of predicting each id.
 
-    The weight is 0 where nothing stands before an id.
+    The weight is 0 where nothing stands before an id. noise: int64 (B,), seeds of draws.
     """
 
     rows: Rows
     shown: torch.Tensor
     weight: torch.Tensor
+    noise: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "NextBatch":
         """The same batch on another device."""
-        return NextBatch(self.rows.to(device), self.shown.to(device), self.weight.to(device))
+        noise = None if self.noise is None else self.noise.to(device)
+        return NextBatch(self.rows.to(device), self.shown.to(device), self.weight.to(device), noise)
 
 
 class NextToken:
@@ -93,7 +95,8 @@ class NextToken:
 
     def prepare(self, rows: Rows, generators: Sequence[torch.Generator]) -> NextBatch:
         """Draw the noise; rows are on the host."""
-        return NextBatch(rows, self._shown(rows, generators), next_weight(rows, self.weights))
+        shown, weight = self._shown(rows, generators), next_weight(rows, self.weights)
+        return NextBatch(rows, shown, weight, draw_seeds(generators))
 
     def _shown(self, rows: Rows, generators: Sequence[torch.Generator]) -> torch.Tensor:
         if not self.noise:
@@ -111,7 +114,11 @@ class NextToken:
         """One forward pass, scored where the weight is above 0."""
         rows = batch.rows
         hidden = model(
-            batch.shown, modality=rows.modality, position=rows.position, document=rows.document
+            batch.shown,
+            modality=rows.modality,
+            position=rows.position,
+            document=rows.document,
+            noise=batch.noise,
         )
         return score_next(
             model,
@@ -121,6 +128,12 @@ class NextToken:
             modality=rows.modality,
             z_loss=self.z_loss,
         )
+
+
+def draw_seeds(generators: Sequence[torch.Generator]) -> torch.Tensor | None:
+    """int64 (B,): one of each generator, drawn last; None where there are none."""
+    drawn = [torch.randint(1 << 62, (1,), generator=generator) for generator in generators]
+    return torch.cat(drawn) if drawn else None
 
 
 def next_weight(rows: Rows, weights: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ NO_DECAY = ("embedding", "norm")  # parts of names; one-dimensional weights neve
 VOCABULARY = {"embedding", "head"}  # one row an id: an id's row is a vector, not part of a map
 # what Adam moves though it has two axes: routers are many small readouts, and an orthogonal step of
 # one low-rank factor is no orthogonal step of the product
-NOT_ORTHOGONAL = VOCABULARY | {"router", "noisy_in", "noisy_out"}
+NOT_ORTHOGONAL = VOCABULARY | {"router", "auxiliary", "noisy_in", "noisy_out"}
 POWER = -0.51  # of the tokens seen, arXiv 2408.13359
 
 

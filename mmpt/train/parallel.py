@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from mmpt.config import UserError
+from mmpt.model.bank import Bank
+from mmpt.model.collectives import local
 from mmpt.model.config import ModelConfig
 from mmpt.model.moe import recomputing
 from mmpt.model.transformer import Decoder, Layer
@@ -80,6 +82,11 @@ class ParallelConfig:
                 f"{tensor}"
             )
         for name, group in model.groups.items():
+            if group.shared_hidden % tensor:
+                raise UserError(
+                    f"parallel.tensor = {tensor} does not divide shared_hidden = "
+                    f"{group.shared_hidden} of group {name}"
+                )
             if group.num_experts > 1 and group.num_experts % expert:
                 raise UserError(
                     f"parallel.expert = {expert} does not divide the {group.num_experts} experts "
@@ -164,7 +171,7 @@ class Ranks:
             return model.to(self.device)
         for layer in model.layers:
             assert isinstance(layer, Layer)
-            self._divide(layer)
+            self._divide(layer, lent=model.config.expert_share_every > 1)
             self._shard_module(layer, reshard=self.config.reshard)
         self._shard_module(model, reshard=False)  # the head is needed right after it
         for module in model.modules():
@@ -181,7 +188,7 @@ class Ranks:
                     )
         return model
 
-    def _divide(self, layer: Layer) -> None:
+    def _divide(self, layer: Layer, *, lent: bool) -> None:
         """Heads and hidden widths over `tensor`, experts over `expert`."""
         assert self.mesh is not None
         attention = layer.attention
@@ -199,19 +206,27 @@ class Ranks:
                     _distribute(low_rank, name, tensor, side)
         for experts in layer.experts.experts():
             apart = self.config.expert > 1 and experts.num_experts > 1
-            sides = {"expert": (Shard(0), Shard(0))} if apart else {}
-            if self.config.tensor > 1:
-                sides["tensor"] = (Shard(3), Shard(1))
-                experts.bank.tensor_group = self.mesh["tensor"].get_group()
-            if sides:
-                mesh = self.mesh[tuple(sides)]
-                gate_up, down = zip(*sides.values(), strict=True)
-                _distribute(experts.bank, "gate_up", mesh, *gate_up)
-                _distribute(experts.bank, "down", mesh, *down)
+            for bank in experts.banks():
+                self._divide_bank(bank, apart=apart and bank is not experts.shared, lent=lent)
             if apart:
                 layer.experts.always = True
                 experts.expert_group = self.mesh["expert"].get_group()
-                self._shard_module(experts.bank, over="outer", reshard=self.config.reshard)
+
+    def _divide_bank(self, bank: Bank, *, apart: bool, lent: bool) -> None:
+        """apart: experts over `expert`. lent: other layers use it, too, so it is kept by itself."""
+        assert self.mesh is not None
+        sides = {"expert": (Shard(0), Shard(0))} if apart else {}
+        if self.config.tensor > 1:
+            sides["tensor"] = (Shard(3), Shard(1))
+            bank.tensor_group = self.mesh["tensor"].get_group()
+        if sides:
+            mesh = self.mesh[tuple(sides)]
+            gate_up, down = zip(*sides.values(), strict=True)
+            _distribute(bank, "gate_up", mesh, *gate_up)
+            _distribute(bank, "down", mesh, *down)
+        if apart or lent:
+            over = "outer" if apart else "shard"
+            self._shard_module(bank, over=over, reshard=self.config.reshard)
 
     def _shard_module(self, module: nn.Module, *, reshard: bool, over: str = "shard") -> None:
         assert self.mesh is not None
@@ -250,6 +265,23 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
             distributed.all_reduce(square, group=group)
         total = total.to(square) + square
     return total.sqrt()
+
+
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """(n,): the norm of each gradient, 0 where there is none; equal on all ranks.
+
+    All of the parameters are spread alike.
+    """
+    squares = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
+    for number, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            squares[number] = local(parameter.grad).double().square().sum()
+    first = parameters[0]
+    if isinstance(first, DTensor):
+        for side, placement in enumerate(first.placements):
+            if placement.is_shard():
+                distributed.all_reduce(squares, group=first.device_mesh.get_group(side))
+    return squares.sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.data.pipeline_source import with_processors
 from mmpt.eval.config import EvaluateConfig
-from mmpt.model.config import ModelConfig
+from mmpt.model.config import ModelConfig, Router
 from mmpt.model.transformer import read_config
 from mmpt.train.checkpoint import find_model
 from mmpt.train.guard import GuardConfig
@@ -85,6 +85,8 @@ class TrainRecipe(RunRecipe):
     codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
     start: str = ""  # a model folder or run whose weights are the first ones
     new_rows_first: int = 0  # steps that train the rows of structure ids and codes, and no others
+    # routers: train only the auxiliary routers of `start`, which choose experts at inference
+    objective: Literal["next", "routers"] = "next"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class AdaptRecipe(RunRecipe):
     start: str = ""
     max_noisy: int = 512  # noisy ids a row
     autoregressive: float = 0.0  # weight of predicting clean ids; above 0 all weights are trained
+    router: Router | None = None  # of the experts of noisy ids; those of clean ones unless given
+    capacity_slope: float = 0.0  # with expert choice, see `GroupConfig`
 
 
 R = TypeVar("R", bound=RunRecipe)

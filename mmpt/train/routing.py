@@ -1,4 +1,4 @@
-"""How routers use their experts: entropy, imbalance, and experts that get no ids any more."""
+"""How routers use their experts: entropy, imbalance, gradients, experts and ids left out."""
 
 import math
 from collections.abc import Mapping
@@ -16,13 +16,19 @@ class Routing:
         self._idle: dict[str, torch.Tensor] = {}  # group -> int64 (layers, experts)
 
     def look(
-        self, loads: Mapping[str, torch.Tensor], scores: Mapping[str, torch.Tensor]
+        self,
+        loads: Mapping[str, torch.Tensor],
+        scores: Mapping[str, torch.Tensor],
+        unserved: Mapping[str, torch.Tensor] | None = None,
+        gradients: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, dict[str, list[float | int | None]]]:
         """Group -> name -> a number per layer, of groups with several experts.
 
-        loads, scores: on the host, (layers, experts), ids per expert and sums of router scores of
-        this step. entropy: of the mean score, from 0 (one expert) to 1 (all alike). imbalance: the
-        largest load over the mean. Both are None where the group had no ids.
+        Of this step, on the host: loads, scores (layers, experts), ids per expert and sums of
+        router scores; unserved (layers, 2), ids that no expert computed, and all; gradients
+        (layers,), norms of those of routers. entropy: of the mean score, from 0 (one expert) to 1
+        (all alike). imbalance: the largest load over the mean. unserved: the share, where there are
+        such ids. Each is None where the group had no ids.
         """
         rows = {}
         for name, load in loads.items():
@@ -39,6 +45,11 @@ class Routing:
                 "imbalance": _finite(load.amax(1) / (total / load.shape[1])),
                 "dead": (idle >= DEAD).sum(1).tolist(),
             }
+            if unserved is not None and unserved[name][:, 0].any():
+                left, seen = unserved[name].double().unbind(1)
+                rows[name]["unserved"] = _finite(left / seen)
+            if gradients is not None and name in gradients:
+                rows[name]["grad_norm"] = _finite(gradients[name], digits=8)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,5 +61,5 @@ class Routing:
         self._idle = {name: torch.tensor(idle) for name, idle in state.items()}
 
 
-def _finite(values: torch.Tensor) -> list[float | int | None]:
-    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
+def _finite(values: torch.Tensor, digits: int = 4) -> list[float | int | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]

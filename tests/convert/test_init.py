@@ -13,14 +13,13 @@ from mmpt.config import UserError
 from mmpt.convert.extend import draw_rows
 from mmpt.convert.init import init
 from mmpt.convert.text_model import read_text_model
-from mmpt.data.loader import DataConfig, SourceConfig
 from mmpt.model.transformer import Decoder
 from mmpt.pipeline import Pipeline
 from mmpt.processor import Processor
 from mmpt.tokenizers.text import TextCodec
-from mmpt.train.pretrain import pretrainer, train
+from mmpt.train.pretrain import train
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import Vocabulary
 
 from .conftest import KINDS, NUM_TEXT
 
@@ -108,7 +107,9 @@ def test_drawn_rows_have_the_mean_and_the_covariance_of_the_old():
     old = torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
     new = draw_rows(old, 40_000, seed=0)
     assert torch.allclose(new.mean(0), old.mean(0), atol=0.1)
-    assert torch.allclose(new.T.cov(), old.T.cov(correction=0), atol=0.04 * float(old.T.cov().max()))
+    assert torch.allclose(
+        new.T.cov(), old.T.cov(correction=0), atol=0.04 * float(old.T.cov().max())
+    )
     few = draw_rows(old[:3], 100, seed=0)  # fewer rows than directions
     assert torch.isfinite(few).all()
     assert torch.linalg.svdvals(few - few.mean(0))[2] < 0.05 * torch.linalg.svdvals(few)[0]

@@ -151,7 +151,9 @@ def test_a_noisy_training_block_equals_a_cached_prefix_and_a_block_pass(
         candidates = torch.from_numpy(vocabulary.allowed[modality].nonzero()[0])
         start = int(joint.limit[0, places[0]]) + 1
         prefix = Prefix(model, vocabulary, [document.ids[:start]], None, Sampling())
-        scores = prefix.block_scores(joint.ids[:1, places[1:]], modality, candidates)
+        time = float(joint.time[0, places[0]])
+        codes = joint.ids[:1, places[1:]]
+        scores = prefix.block_scores(codes, modality, candidates, time=time)
         expected = model.logits(hidden[0, places[:-1]], candidates)
         torch.testing.assert_close(scores[0], expected, **EXACT)
 
@@ -322,7 +324,7 @@ def test_many_passes_with_true_conditionals_draw_from_the_true_joint(
         def __init__(self, *args) -> None:
             pass
 
-        def block_scores(self, codes, modality, candidates):
+        def block_scores(self, codes, modality, candidates, *, time):
             index = (codes[..., None] == candidates).int().argmax(-1)
             return exact.posterior(index, next(times))
 

@@ -67,7 +67,9 @@ def test_an_upcycled_run_keeps_its_function_moments_and_data(tmp_path, seed, sch
             assert torch.equal(after[key], grown)
         # only the routers are new, and an optimiser has not met them
         new = after.keys() - before.keys()
-        assert {key.rpartition(".")[2] for key in new} == ({"router"} if name == "average" else set())
+        assert {key.rpartition(".")[2] for key in new} == (
+            {"router"} if name == "average" else set()
+        )
 
 
 @pytest.mark.parametrize("schedule", ["reset", "keep"])
@@ -107,7 +109,10 @@ def test_what_cannot_be_upcycled_is_one_line(tmp_path, seed):
         (lambda: upcycle_command(tmp_path / "none", **new), "no model at"),
         (lambda: upcycle_command(seed, **new | {"out": seed}), "is not empty"),
         (lambda: upcycle_command(seed, **new | {"experts": "text"}), "use each group once"),
-        (lambda: upcycle_command(seed, **new | {"experts": "text=2,text=3"}), "use each group once"),
+        (
+            lambda: upcycle_command(seed, **new | {"experts": "text=2,text=3"}),
+            "use each group once",
+        ),
         (lambda: upcycle_command(seed, ["model.width=32"], **new), "leave out model"),
         (lambda: upcycle_command(seed, ["stepz=3"], **new), "unknown key 'stepz'"),
         (lambda: upcycle_command(tmp_path / "model", ["steps=3"], **new), "steps=3 could change"),
