@@ -235,6 +235,8 @@ def test_broken_folders_are_one_line(peers, tmp_path, tokenizer, codecs):
     def write(tensors):
         save_file(tensors, folder / "model.safetensors")
 
+    write({n: t.bfloat16() for n, t in weights.items()})
+    assert {t.dtype for t in read_text_model(folder).tensors.values()} == {torch.bfloat16}
     write({n: t for n, t in weights.items() if "1.mlp.up" not in n})
     refused("model.layers.1.mlp.up_proj.weight is missing")
     write(weights | {"model.layers.1.self_attn.sinks": torch.zeros(4)})
