@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmpt.__main__ import main
 from mmpt.config import UserError
 from mmpt.convert.extend import draw_rows
 from mmpt.convert.init import init
@@ -134,9 +135,11 @@ def test_several_files_and_older_settings_read_alike(peers, tmp_path, edit):
     assert all(torch.equal(t, want.tensors[n]) for n, t in again.tensors.items())
 
 
-def test_the_folder_can_be_moved_and_generates(start, tmp_path):
-    folder, _ = start("qwen2")
-    moved = folder.rename(tmp_path / "moved")
+def test_the_folder_can_be_moved_and_generates(peers, codecs, tmp_path, capsys):
+    options = ["--codecs", *codecs, "--out", str(tmp_path / "start"), "--json"]
+    assert main(["init", "--from", str(peers("qwen2")[1]), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["text_ids"] == NUM_TEXT
+    moved = (tmp_path / "start").rename(tmp_path / "moved")
     result = Pipeline.load(moved)("a red", to="text", max_ids=4)
     assert isinstance(result.parts[0].text, str)
     assert Pipeline.load(moved).processor.settings.tokenizers[0] == str(moved / "tokenizer")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmpt.config import to_toml
 from mmpt.model.transformer import Decoder
 from mmpt.train.guard import Guard
 from mmpt.train.pretrain import pretrainer, train
@@ -35,20 +36,20 @@ def rows_moved(before, after):
 def test_only_new_rows_move_before_all_do(tmp_path, staged, vocabulary, tied, kind):
     trainer = pretrainer(staged(kind, tied=tied), tmp_path / "run", vocabulary=vocabulary)
     seen = [{n: t.clone() for n, t in trainer.model.state_dict().items()}]
-    for _ in range(4):
+    for _ in range(6):
         trainer.step()
         seen.append({n: t.clone() for n, t in trainer.model.state_dict().items()})
     trainer.close()
-    first, third, fourth = seen[0], seen[3], seen[4]
+    first, third, last = seen[0], seen[3], seen[6]
     tables = {"embedding"} if tied else {"embedding", "head"}
     assert {n for n in first if not torch.equal(first[n], third[n])} == tables
     for name in tables:
         moved = rows_moved(first[name], third[name])
         assert not moved[: vocabulary.num_text].any()
         assert moved[vocabulary.num_text :].float().mean() > 0.1
-        assert rows_moved(third[name], fourth[name])[: vocabulary.num_text].any()
+        assert rows_moved(third[name], last[name])[: vocabulary.num_text].any()
     weights = dict(trainer.model.named_parameters())
-    still = {n for n in weights if torch.equal(third[n], fourth[n])}
+    still = {n for n in weights if torch.equal(third[n], last[n])}
     assert not {n for n in still if "bank" in n or "project" in n or "norm" in n}
 
 
@@ -81,3 +82,19 @@ def test_the_end_of_the_first_stage_is_no_spike(tmp_path, another, vocabulary, m
     judged = [usual.judge({"the gradient": line["grad_norm"]}) for line in metrics[:7]]
     assert judged == [None] * 6 + ["the gradient spikes"]
     assert metrics[-1]["bad_steps"] == 0
+
+
+def test_ranks_that_share_the_rows_hold_what_one_holds(
+    tmp_path, staged, recipe, vocabulary, run_script
+):
+    vocabulary.save(tmp_path / "vocabulary.json")
+    data = replace(recipe.data, streams=2)
+    many = replace(staged(), data=data, vocabulary=str(tmp_path / "vocabulary.json"))
+    (tmp_path / "recipe.toml").write_text(to_toml(many))
+    run_script("staged.py", tmp_path / "recipe.toml", tmp_path)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for before, after in (one, two):
+        assert {n for n in before if not torch.equal(before[n], after[n])} == {"embedding", "head"}
+        for name in ("embedding", "head"):
+            assert not rows_moved(before[name], after[name])[: vocabulary.num_text].any()
+    assert all(torch.allclose(one[1][name], two[1][name], atol=1e-5) for name in one[1])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmpt.__main__ import main
 from mmpt.config import UserError
 from mmpt.data.loader import merge_states
 from mmpt.model.config import GroupConfig
@@ -78,7 +79,8 @@ def test_an_upcycled_run_keeps_its_function_moments_and_data(tmp_path, seed, sch
 @pytest.mark.parametrize("schedule", ["reset", "keep"])
 def test_training_goes_on_from_an_upcycled_run(tmp_path, seed, schedule):
     out = tmp_path / "grown"
-    upcycle_command(seed, ["steps=8"], experts=EXPERTS, out=out, schedule=schedule)
+    options = ["--experts", EXPERTS, "--out", str(out), "--schedule", schedule]
+    assert main(["upcycle", str(seed), "steps=8", *options]) == 0
     begun = Decoder.load(newest(out)).state_dict()
     told = train_command(out / "recipe.toml", out=out)
     assert told["finished"]
