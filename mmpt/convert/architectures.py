@@ -137,6 +137,8 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     table = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(table, Mapping):
         raise UserError(f"{where}: the rotary parameters must be a table, not {table!r}")
+    if table.get("partial_rotary_factor", 1) not in ONLY["partial_rotary_factor"]:
+        raise UserError(f"{where}: heads that are turned in part only are not supported")
     read = _Reader({"rope_theta": config.get("rope_theta"), **table}, where)
     base, kind = read.number("rope_theta", 10_000.0), table.get("rope_type", table.get("type"))
     if kind in (None, "default"):

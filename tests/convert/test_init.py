@@ -133,6 +133,9 @@ def test_several_files_and_older_settings_read_alike(peers, tmp_path, edit):
     assert again.config == replace(want.config, head_width=0)
     assert again.tensors.keys() == want.tensors.keys()
     assert all(torch.equal(t, want.tensors[n]) for n, t in again.tensors.items())
+    edit(tmp_path, rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})
+    with pytest.raises(UserError, match="turned in part only"):
+        read_text_model(tmp_path)
 
 
 def test_the_folder_can_be_moved_and_generates(peers, codecs, tmp_path, capsys):
