@@ -86,6 +86,11 @@ VERBS = {
         "turn raw shards into token shards",
         "data/sampler/emoji-train-*.tar --out build/tokens",
     ),
+    "init": (
+        "mmpt.convert.init:init",
+        "make a model of all media out of a text model of others",
+        "--from models/olmo --codecs image-f8 speech-12hz --out models/start",
+    ),
     "plan": (
         "mmpt.plan:plan",
         "say before a run what its numbers should be",
@@ -100,6 +105,11 @@ VERBS = {
         "mmpt.train.adapt:adapt_command",
         "adapt a model to parallel decoding",
         "examples/recipes/tiny-adapt.toml --out runs/tiny-dida",
+    ),
+    "upcycle": (
+        "mmpt.train.upcycle:upcycle_command",
+        "grow one expert per group of a model into many",
+        "runs/tiny --experts text=4,visual=2 --out runs/tiny-moe",
     ),
     "export": (
         "mmpt.train.export:export",
@@ -236,14 +246,17 @@ def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter,
             options["action"] = "store_true"
         else:
             options |= {"type": kind, "required": required}
-            options["metavar"] = None if "choices" in options else parameter.name.upper()
+            options["metavar"] = (
+                None if "choices" in options else parameter.name.rstrip("_").upper()
+            )
             if many:
                 options["nargs"] = "+"
         if not required:
             options["default"] = parameter.default
             if parameter.default not in (None, False, ()):
                 options["help"] = f"default: {parameter.default}"
-        parser.add_argument(f"--{parameter.name.replace('_', '-')}", **options)
+        flag = parameter.name.rstrip("_").replace("_", "-")  # from_ is --from
+        parser.add_argument(f"--{flag}", dest=parameter.name, **options)
         return
     if many:
         options["nargs"] = "+" if required else "*"

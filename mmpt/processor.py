@@ -35,7 +35,10 @@ FILE, FORMAT_VERSION = "processor.json", 1
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """What opens a processor again: names of shipped tokenizers or absolute paths of others."""
+    """What opens a processor again: names of shipped tokenizers or absolute paths of others.
+
+    In a file, those in folders beside it are `./NAME`, so that all of it can be moved together.
+    """
 
     tokenizers: tuple[str, ...]
     max_side: int = 64
@@ -60,11 +63,14 @@ class ProcessorSettings:
         named = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not named or type(side) is not int:
             raise UserError(f"{path} needs a list of tokenizers and a whole max_side")
-        return cls(tuple(names), side)
+        beside = path.parent.resolve()
+        return cls(tuple(str(beside / n) if n.startswith("./") else n for n in names), side)
 
     def save(self, folder: str | Path) -> None:
         """Write processor.json, atomically."""
-        data = {"format_version": FORMAT_VERSION, **asdict(self)}
+        beside = Path(folder).resolve()
+        names = [f"./{Path(n).name}" if Path(n).parent == beside else n for n in self.tokenizers]
+        data = {"format_version": FORMAT_VERSION, **asdict(self), "tokenizers": names}
         write_atomic(Path(folder) / FILE, json.dumps(data, indent=1) + "\n")
 
 

@@ -34,7 +34,7 @@ RANKS = (
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     # a run is evaluated, and shows samples, while it trains
-    ("decode", "train", "eval", "plan", "pipeline"),
+    ("decode", "train", "eval", "plan", "pipeline", "convert"),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

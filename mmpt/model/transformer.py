@@ -328,7 +328,7 @@ class Decoder(nn.Module):
     def load(cls, folder: str | Path, *, vocabulary: Vocabulary | None = None) -> "Decoder":
         """Read what `save` wrote, on the CPU; refuses another vocabulary and newer formats."""
         folder = Path(folder)
-        config, version = _read_config(folder)
+        config, version = read_config(folder)
         if vocabulary is not None:
             vocabulary.check(config.vocabulary, what=str(folder))
         model = cls(config)
@@ -347,7 +347,7 @@ class Decoder(nn.Module):
     def fill(self, folder: str | Path) -> None:
         """Overwrite the weights by those of a model folder of the same shape, also in parts."""
         folder = Path(folder)
-        config, version = _read_config(folder)
+        config, version = read_config(folder)
         ours, theirs = (to_dict(replace(each, noisy_rank=0)) for each in (self.config, config))
         if different := [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]:
             key = different[0]
@@ -485,8 +485,8 @@ def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> Non
     fill(weight, torch.randn(weight.shape, generator=generator) * std)
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, int]:
-    """And the version of the format."""
+def read_config(folder: Path) -> tuple[ModelConfig, int]:
+    """That of a model folder, and the version of its format."""
     try:
         data = json.loads((folder / "config.json").read_text())
         version, model = data["format_version"], data["model"]

@@ -1,6 +1,7 @@
-"""Text codec: byte-level BPE of Hugging Face `tokenizers`, without any special token.
+"""Text codec: BPE of Hugging Face `tokenizers`, learnt here or read from others' tokenizer.json.
 
 Structure ids live behind the text ids, so a user who writes `<boi>` gets five ordinary characters.
+The special tokens of others keep their ids, and no text is ever encoded as one of them.
 """
 
 import hashlib
@@ -20,6 +21,9 @@ from mmpt.parts import check_unicode
 from mmpt.tokenizers.base import FORMAT_VERSION, Codec
 from mmpt.vocab import Modality
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+MAX_BYTES = 1 << 28  # of a tokenizer.json; those of the largest vocabularies have some 30 MB
+PROBE = "A \u00e9t\u00e9,\n\t 123  \u6f22\u5b57 \U0001f642\x07."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,12 @@ class TextCodec(Codec):
     def __init__(self, config: TextCodecConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config)
         self.tokenizer = tokenizer
+        # what comes later can change no code of earlier words; others' rules may look further
+        self.by_words = (
+            isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+            and tokenizer.normalizer is None
+            and not tokenizer.get_added_tokens_decoder()
+        )
 
     @classmethod
     def train_on(cls, texts: Iterable[str], *, num_text: int) -> "TextCodec":
@@ -58,6 +68,15 @@ class TextCodec(Codec):
         )
         tokenizer.train_from_iterator(texts, trainer)
         return cls(_config_of(tokenizer), tokenizer)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "TextCodec":
+        """A tokenizer.json as `transformers` keeps it, whose text comes back as it was."""
+        tokenizer = _read(Path(path))
+        codec = cls(_config_of(tokenizer), tokenizer)
+        if codec.decode(codec.encode(PROBE)) != PROBE:
+            raise UserError(f"{path} changes texts; use a BPE tokenizer that knows every byte")
+        return codec
 
     @property
     def codebook_size(self) -> int:
@@ -109,10 +128,7 @@ class TextCodec(Codec):
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Self:
         """Open what `save` wrote; refuses a table that does not match its config."""
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{folder}/tokenizer.json cannot be read: {error}") from None
+        tokenizer = _read(folder / "tokenizer.json")
         codec = cls(from_dict(TextCodecConfig, config, where=f"{folder}/config.json"), tokenizer)
         if _config_of(tokenizer) != codec.config:
             raise UserError(f"{folder}/tokenizer.json is not the table that config.json names")
@@ -120,7 +136,10 @@ class TextCodec(Codec):
 
 
 class TextStream:
-    """push(text) -> codes (n, 1). Words are held back until the next one begins."""
+    """push(text) -> codes (n, 1). Words are held back until the next one begins.
+
+    With a tokenizer of others, which may join words, all of the text is held back.
+    """
 
     def __init__(self, codec: TextCodec) -> None:
         self.codec = codec
@@ -130,7 +149,8 @@ class TextStream:
         """Codes of the words that are complete."""
         self._waiting += text
         # a piece of the pre-tokenizer is final once two others have begun behind it
-        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(self._waiting)
+        splitter = self.codec.tokenizer.pre_tokenizer
+        pieces = splitter.pre_tokenize_str(self._waiting) if self.codec.by_words else ()
         if len(pieces) < 3:
             return torch.zeros((0, 1), dtype=torch.int64)
         cut = pieces[-2][1][0]
@@ -148,8 +168,33 @@ def text_ids(codec: TextCodec, text: str) -> np.ndarray:
     return codec.encode(text)[:, 0].numpy()
 
 
+def _read(path: Path) -> Tokenizer:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES} bytes; it is no tokenizer")
+        tokenizer = Tokenizer.from_file(str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    if not isinstance(tokenizer.model, models.BPE):
+        kind = type(tokenizer.model).__name__
+        raise UserError(f"{path} is a {kind} tokenizer; only BPE is supported")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # as plain characters
+    return tokenizer
+
+
 def _config_of(tokenizer: Tokenizer) -> TextCodecConfig:
     model = json.loads(tokenizer.to_str())["model"]
-    meaning = json.dumps([model["vocab"], model["merges"]], sort_keys=True)
+    added = {str(i): t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
+    meaning = json.dumps(
+        [model["vocab"], model["merges"], *([added] if added else [])], sort_keys=True
+    )
     digest = hashlib.sha256(f"{tokenizers.__name__}:{meaning}".encode()).hexdigest()[:16]
-    return TextCodecConfig(num_text=tokenizer.get_vocab_size(), merges=digest)
+    last = max(tokenizer.get_vocab().values(), default=-1)  # ids may have holes
+    return TextCodecConfig(num_text=1 + last, merges=digest)

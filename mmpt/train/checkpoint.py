@@ -80,13 +80,18 @@ class Checkpoints:
         self.failed = 0  # checkpoints that could not be written
         self.seconds = 0.0  # that training waited for them
 
-    def begin(self, model: Decoder, optimizer: torch.optim.Optimizer, moment: Moment) -> Path:
-        """Copy everything to the host, and write it behind the caller's back; see `wait`."""
+    def begin(
+        self, model: Decoder, optimizer: torch.optim.Optimizer | None, moment: Moment
+    ) -> Path:
+        """Copy everything to the host, and write it behind the caller's back; see `wait`.
+
+        optimizer: None where its tensors are among those of the moment.
+        """
         began = time.monotonic()
         self.wait()
         parts = {
             "model": model.state_dict(),
-            "optimizer": flatten(model, optimizer),
+            "optimizer": flatten(model, optimizer) if optimizer else {},
             **moment.extra,
         }
         options = StagingOptions(self._pinned, False, False, self._pinned)
@@ -111,7 +116,7 @@ class Checkpoints:
         failure, self._failure = self._failure, None
         return failure
 
-    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, moment: Moment) -> Path:
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer | None, moment: Moment) -> Path:
         """Write a checkpoint; UserError when that fails."""
         path = self.begin(model, optimizer, moment)
         if failure := self.wait():

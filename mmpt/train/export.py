@@ -9,10 +9,9 @@ import torch
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import files_of, fingerprint, read_tensors
-from mmpt.train.checkpoint import find_model
+from mmpt.train.checkpoint import find_model, find_processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BESIDE = ("vocabulary.json", "processor.json")
 
 
 def export(
@@ -38,9 +37,10 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder")
     model.to(DTYPES[dtype]).save(out)
-    for name in BESIDE:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    if (folder / "vocabulary.json").is_file():
+        shutil.copyfile(folder / "vocabulary.json", out / "vocabulary.json")
+    if (settings := find_processor(folder)) is not None:
+        settings.save(out)
     return {
         "model": str(out),
         "from": str(folder),

@@ -58,6 +58,10 @@ class Guard:
             self.skipped[reason] = self.skipped.get(reason, 0) + 1
         return reason
 
+    def forget(self) -> None:
+        """What was usual is no more: the run changes what it trains."""
+        self._seen = {}
+
     def _reason(self, name: str, value: float) -> str | None:
         if not math.isfinite(value):
             return f"{name} is not finite"

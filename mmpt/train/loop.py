@@ -54,10 +54,13 @@ from mmpt.train.recipe import RunRecipe, keep_recipe
 from mmpt.train.restore import load_checkpoint
 from mmpt.train.result import Counters, TrainResult
 from mmpt.train.routing import Routing
+from mmpt.train.stages import NewRowsFirst
 from mmpt.train.stall import Pulse
 from mmpt.train.track import check_installed
 from mmpt.train.watching import Watching
 from mmpt.vocab import Modality, Vocabulary
+
+BALANCE = 1e-3  # rate of the routers' biases
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Trainer:
     build: gives the model, on the device of the context it is called in. initialise: writes the
     weights of a model that was built on the meta device, once it is spread over the ranks; without
     it, `build` gives them. start: the folder of the model, where it is no fresh one.
+    new_rows_first: steps that train the rows of new ids alone, see `NewRowsFirst`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Trainer:
         objective: Objective,
         initialise: Callable[[Decoder], None] | None = None,
         start: Path | None = None,
+        new_rows_first: int = 0,
     ) -> None:
         self.recipe, self.folder, self.vocabulary = recipe, Path(run), vocabulary
         self.objective = objective
@@ -102,6 +107,9 @@ class Trainer:
             total_rows=recipe.steps * recipe.accumulate * recipe.data.rows,
         )
         self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.stage = NewRowsFirst(
+            self.model, self.optimizer, num_old=vocabulary.num_text, steps=new_rows_first
+        )
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.counters, self.guard = Counters(), Guard(recipe.guard)
         self.flops, self.routing = Flops(self.model), Routing()
@@ -189,6 +197,9 @@ class Trainer:
         weight = math.fsum(float(batch.weight.sum(dtype=torch.float64)) for batch in batches)
         weight = self.ranks.sum(torch.tensor(weight, dtype=torch.float64)).item()
         losses = [self._backward(batch, weight, laps) for batch in batches] if weight else []
+        if counters.step and counters.step == self.stage.steps:
+            self.guard.forget()
+        self.stage.apply(counters.step)
         laps.begin("ranks")
         routers = self._router_gradients()
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
@@ -386,7 +397,7 @@ class Trainer:
         if rate:
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
-            self.model.update_balance()
+            self.model.update_balance(0.0 if self.stage.holds(self.counters.step) else BALANCE)
             if self.average:
                 self.average.update(self.counters.step)
         else:

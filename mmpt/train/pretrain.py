@@ -98,6 +98,7 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
         initialise=initialise,
         start=start,
         vocabulary=vocabulary,
+        new_rows_first=recipe.new_rows_first,
         objective=CausalRouters()
         if routers
         else NextToken(recipe.loss_weights, z_loss=recipe.z_loss, noise=recipe.noise),

@@ -12,6 +12,8 @@ from mmpt.data.pipeline_source import with_processors
 from mmpt.eval.config import EvaluateConfig
 from mmpt.model.backends import Backend
 from mmpt.model.config import ModelConfig, Router
+from mmpt.model.transformer import read_config
+from mmpt.train.checkpoint import find_model
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
 from mmpt.train.parallel import ParallelConfig
@@ -74,13 +76,17 @@ class RunRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecipe(RunRecipe):
-    """Pretraining. The model's vocab_size and vocabulary follow from `vocabulary`."""
+    """Pretraining. The model's vocab_size and vocabulary follow from `vocabulary`.
+
+    A recipe that has `start` and says nothing of the model trains one of that shape.
+    """
 
     model: ModelConfig
     z_loss: float = 0.0
     noise: float = 0.0  # share of codes shown as other codes, see `NextToken`
     codes_from: tuple[str, ...] = ()  # tokenizers whose latents initialise the codes' embeddings
     start: str = ""  # a model folder or run whose weights are the first ones
+    new_rows_first: int = 0  # steps that train the rows of structure ids and codes, and no others
     # routers: train only the auxiliary routers of `start`, which choose experts at inference
     objective: Literal["next", "routers"] = "next"
 
@@ -113,6 +119,8 @@ def load_run_recipe(
     sources = with_processors(recipe.data.sources, Path(recipe.vocabulary).parent)
     recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     if isinstance(recipe, TrainRecipe):
+        if recipe.start and recipe.model == ModelConfig(vocab_size=1):
+            recipe = replace(recipe, model=read_config(find_model(recipe.start))[0])
         recipe = replace(recipe, model=fit_model(recipe.model, vocabulary))
     return recipe, vocabulary
 

@@ -1,0 +1,1 @@
+"""Text models of others become models of ours: `mmpt init`."""
