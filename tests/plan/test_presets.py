@@ -13,6 +13,7 @@ RECIPES = Path("examples/recipes")
     ("name", "vocabulary", "billions"),
     [
         ("moma-1t1i", 65_536, 2.3),  # arXiv 2407.21770
+        ("moma-4t4i", 65_536, 7.1),
         ("emu3.5", 282_926, 34.1),  # arXiv 2510.26583
     ],
 )

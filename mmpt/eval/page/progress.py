@@ -12,7 +12,7 @@ from mmpt.page.markup import MODALITIES, chip, escape, finite, hue, number, tabl
 
 
 def heldout(runs: Sequence[Run]) -> str:
-    """Held-out nats per id by medium over training, and by source at the end."""
+    """Held-out nats per id by medium over training, where they were lowest, and by source."""
     media = [m for m in MODALITIES if any(_series(run, "loss", m, "nats")[0].size for run in runs)]
     if not media:
         return ""
@@ -44,6 +44,8 @@ def heldout(runs: Sequence[Run]) -> str:
     return (
         tag("p", text, class_="prose")
         + tag("div", *panels, class_="panels")
+        + tag("h3", "where it was lowest")
+        + _lowest(runs, media)
         + tag("h3", "by source, at the last evaluation")
         + _by_source(runs, media)
     )
@@ -82,6 +84,21 @@ def _shares_panel(runs: Sequence[Run], kind: str, name: str) -> str:
     chart = line_panel(name, curves, frame, reference=chance)
     title = escape(name) if kind == "choices" else f"probe: {escape(name)}"
     return tag("figure", tag("figcaption", title), chart, class_="chart") if chart else ""
+
+
+def _lowest(runs: Sequence[Run], media: Sequence[str]) -> str:
+    """Beyond that step a run learns by heart what it reads."""
+    rows = []
+    for index, run in enumerate(runs):
+        for medium in media:
+            steps, nats = _series(run, "loss", medium, "nats")
+            if nats.size:
+                best = int(nats.argmin())
+                who = chip(run.name, run_hue(index)) if len(runs) > 1 else ""
+                step, low, last = number(int(steps[best])), nats[best], nats[-1]
+                rows.append([f"{who} {medium}", step, number(float(low), 3), number(float(last), 3)])
+    columns = ["", "step", "nats there", "nats at the end"]
+    return table(columns, rows, label="Lowest held-out nats")
 
 
 def _by_source(runs: Sequence[Run], media: Sequence[str]) -> str:
