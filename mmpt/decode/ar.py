@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmpt.config import UserError
+from mmpt.decode.axes import Axes
 from mmpt.decode.sampling import Grammar, Sampling, Shapes, draw, guide, uniforms
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import Modality, Vocabulary
@@ -53,6 +54,7 @@ class Prefix:
         self.num_samples = len(prompts)
         self.device = model.embedding.device
         self.cache = model.new_cache()
+        self._axes = [Axes(vocabulary) for _ in rows] if model.config.rope == "3d" else []
         self._begin(rows, vocabulary)
 
     def _begin(self, rows: list[np.ndarray], vocabulary: Vocabulary) -> None:
@@ -82,10 +84,29 @@ class Prefix:
             modality=modality,
             position=position.clamp(min=0),
             document=live.long() - 1,
+            axes=self._follow(ids, live),
             cache=self.cache,
         )[:, -1]  # the last column is live in every row that goes on
         self.length = self.length + live.sum(1)
         self.last = torch.where(live[:, -1], ids[:, -1], self.last)
+
+    def _follow(self, ids: torch.Tensor, live: torch.Tensor) -> torch.Tensor | None:
+        """Where new ids stand, which each row counts for itself; None without axes."""
+        if not self._axes:
+            return None
+        rows = zip(self._axes, ids.tolist(), live.tolist(), strict=True)
+        places = [
+            [axes.push(token) if on else (0, 0, 0) for token, on in zip(tokens, which, strict=True)]
+            for axes, tokens, which in rows
+        ]
+        return torch.tensor(places, device=self.device)
+
+    def _block_axes(self, length: int) -> torch.Tensor | None:
+        """Of a noisy block: the slot stands where the last id does."""
+        if not self._axes:
+            return None
+        places = [[axes.last, *axes.ahead(length)] for axes in self._axes]
+        return torch.tensor(places, device=self.device)
 
     @torch.no_grad()
     def scores(self, candidates: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,6 +136,7 @@ class Prefix:
             block=torch.zeros_like(ids),
             limit=(start - 1).expand_as(ids),
             time=torch.full(ids.shape, time, device=self.device),
+            axes=self._block_axes(codes.shape[1]),
             cache=self.cache,
             append=False,
         )

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from mmpt.config import UserError
 from mmpt.decode.ar import Prefix, Prompts, candidate_ids, check_open, codebook_of
 from mmpt.decode.sampling import Sampling, draw, uniforms
+from mmpt.model.rotary import axes_of
 from mmpt.model.transformer import Decoder
 from mmpt.stream import SPAN_COLUMNS, Rows
 from mmpt.vocab import MEDIA, Modality, Vocabulary
@@ -32,9 +33,10 @@ from mmpt.vocab import MEDIA, Modality, Vocabulary
 class JointRows:
     """[clean | noisy blocks]; all (B, L + M), int64 but for the last two.
 
-    ids, modality, document, position, block, limit: see `Rows` and `Layout`. labels: the clean id
-    that the output here is about, -1 for clean ids, last outputs and pads. loss_weight, time:
-    float32, time is the t of the block (1 for clean ids). num_clean: L.
+    ids, modality, document, position, block, limit: see `Rows` and `Layout`. axes: (B, L + M, 3),
+    see `axes_of`. labels: the clean id that the output here is about, -1 for clean ids, last
+    outputs and pads. loss_weight, time: float32, time is the t of the block (1 for clean ids).
+    num_clean: L.
     """
 
     ids: torch.Tensor
@@ -43,6 +45,7 @@ class JointRows:
     position: torch.Tensor
     block: torch.Tensor
     limit: torch.Tensor
+    axes: torch.Tensor
     labels: torch.Tensor
     loss_weight: torch.Tensor
     time: torch.Tensor
@@ -82,12 +85,14 @@ def corrupt(
     candidates = {
         m: candidates_by_book(vocabulary, m, rows.ids.device) for m in MEDIA if vocabulary.has(m)
     }
+    axes = axes_of(rows)
     for row, blocks in enumerate(chosen):
         offset = 0
         for number, block in enumerate(blocks):
             place = slice(offset, offset + 1 + block.length)
             books, generator = candidates[block.modality], generators[row]
             _write(noisy, rows, row, place, number, block, books, generator)
+            noisy.axes[row, place] = axes[row, block.start - 1 : block.start + block.length]
             offset = place.stop
     clean = JointRows(
         rows.ids,
@@ -96,6 +101,7 @@ def corrupt(
         rows.position,
         block=torch.full(size, -1),
         limit=rows.position,
+        axes=axes,
         labels=torch.full(size, -1),
         loss_weight=torch.zeros(size),
         time=torch.ones(size),
@@ -114,7 +120,7 @@ def joint_forward(
     When clean ids meet frozen weights only, they are computed first and without gradients, and the
     noisy ids read their keys from a cache: the same numbers at about half the cost.
     """
-    names = ("ids", "modality", "document", "position", "block", "limit", "time")
+    names = ("ids", "modality", "document", "position", "block", "limit", "time", "axes")
     columns = {name: getattr(joint, name) for name in names}
     if not model.frozen_clean or joint.num_clean == joint.ids.shape[1]:
         return model(**columns, noise=noise)
@@ -309,7 +315,8 @@ def _choose(blocks: list[_Block], room: int, generator: torch.Generator) -> list
 def _empty(num_rows: int, num_noisy: int) -> JointRows:
     shape = (num_rows, num_noisy)
     zero, none = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
-    columns = (zero, zero, none, zero, none, zero, none)
+    axes = torch.zeros(*shape, 3, dtype=torch.int64)
+    columns = (zero, zero, none, zero, none, zero, axes, none)
     return JointRows(
         *(column.clone() for column in columns),
         loss_weight=torch.zeros(shape),

@@ -32,7 +32,13 @@ def token_nats(model: Decoder, rows: Rows) -> torch.Tensor:
 
     0 for the first id of a document, for which the model has nothing to go by, and for pads.
     """
-    hidden = model(rows.ids, modality=rows.modality, position=rows.position, document=rows.document)
+    hidden = model(
+        rows.ids,
+        modality=rows.modality,
+        position=rows.position,
+        document=rows.document,
+        axes=model.axes_of(rows),
+    )
     nats = torch.zeros(rows.ids.shape, device=hidden.device)
     inside = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.document[:, 1:] >= 0)
     states, labels = hidden[:, :-1][inside], rows.ids[:, 1:][inside]

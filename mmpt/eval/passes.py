@@ -52,12 +52,16 @@ class Passes:
     def pooled(self, streams: Sequence[Stream], layer: int) -> torch.Tensor:
         """float64 (N, D): the mean, by weight, of the hidden states that a layer gives."""
         kept: list[torch.Tensor] = []
-        hook = self.model.layers[layer].register_forward_hook(lambda *io: kept.append(io[2]))
+        hook = self.model.layers[layer].register_forward_hook(lambda *io: kept.append(io[2][0]))
 
         def measure(rows: Rows) -> torch.Tensor:
             kept.clear()
             self.model(
-                rows.ids, modality=rows.modality, position=rows.position, document=rows.document
+                rows.ids,
+                modality=rows.modality,
+                position=rows.position,
+                document=rows.document,
+                axes=self.model.axes_of(rows),
             )
             weight = rows.loss_weight.double()
             sums = torch.einsum("btd,bt->bd", kept[0].double(), weight)

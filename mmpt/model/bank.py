@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from mmpt.model.collectives import enter, leave, local
+from mmpt.model.float8 import Linear
 
 ROW_STEP = 32  # rows of an expert, see `row_step`
 
@@ -24,6 +25,7 @@ class Bank(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.tensor_group: ProcessGroup | None = None  # ranks that share the hidden width
+        self.linear: Linear | None = None  # how experts multiply, if not by grouped products
 
     def forward(self, x_ND: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
         """x sorted by expert, `counts` (E,) rows for each -> what the experts make of them.
@@ -32,7 +34,8 @@ class Bank(nn.Module):
         """
         x_ND = enter(x_ND, self.tensor_group)
         gate_up, down = (local(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
-        y_ND = _products(_SwiGLU.apply(_products(x_ND, gate_up.flatten(2), counts)), down, counts)
+        inner = _products(x_ND, gate_up.flatten(2), counts, self.linear)
+        y_ND = _products(_SwiGLU.apply(inner), down, counts, self.linear)
         return leave(y_ND, self.tensor_group)
 
 
@@ -58,20 +61,22 @@ def lengthen(x: torch.Tensor) -> torch.Tensor:
 
 
 def _products(
-    x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor | None
+    x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor | None, linear: Linear | None
 ) -> torch.Tensor:
     """Rows sorted by expert, each times the matrix of its expert."""
-    if len(w_EDF) == 1:
+    if len(w_EDF) == 1 and linear is None:
         return x_ND @ w_EDF[0]
-    if counts_E is None:
-        each = len(x_ND) // len(w_EDF)
+    each = len(x_ND) // len(w_EDF)
+    if counts_E is None and linear is None:
         return torch.bmm(x_ND.view(len(w_EDF), each, x_ND.shape[1]), w_EDF).flatten(0, 1)
     even = x_ND.shape[1] % 8 == w_EDF.shape[2] % 8 == 0  # as it needs its rows to lie
-    if x_ND.dtype == torch.bfloat16 and even:  # in others it is no faster than a loop
+    if x_ND.dtype == torch.bfloat16 and even and linear is None and counts_E is not None:
         return F.grouped_mm(x_ND, w_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
-    counts = counts_E.tolist()
+    # in others a grouped product is no faster than a loop
+    counts = [each] * len(w_EDF) if counts_E is None else counts_E.tolist()
     rest = len(x_ND) - sum(counts)
-    parts = [x @ w for x, w in zip(x_ND.split([*counts, rest]), w_EDF, strict=False)]
+    pairs = zip(x_ND.split([*counts, rest]), w_EDF, strict=False)
+    parts = [x @ w if linear is None else linear(x, w.T) for x, w in pairs]
     return torch.cat(parts + [x_ND.new_zeros(rest, w_EDF.shape[2])] * (rest > 0))
 
 

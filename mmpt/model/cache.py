@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from mmpt.model.attention import Layout
+    from mmpt.model.layout import Layout
 
 
 class LayerCache:

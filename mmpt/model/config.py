@@ -134,6 +134,27 @@ def default_groups() -> dict[str, GroupConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary positions of Llama 3, stretched for contexts longer than the original one.
+
+    Waves that turn fewer than `low_freq_factor` times in the original context are `factor` times
+    as long, those that turn more than `high_freq_factor` times stay, and between it is smooth.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_freq_factor < self.high_freq_factor or self.factor < 1:
+            raise UserError(
+                f"rope_scaling: factor = {self.factor}, low_freq_factor = {self.low_freq_factor}, "
+                f"high_freq_factor = {self.high_freq_factor}; use factor >= 1 and 0 < low < high"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder; the defaults are the tiny one that trains on a laptop."""
 
@@ -142,8 +163,16 @@ class ModelConfig:
     num_layers: int = 5
     num_heads: int = 6
     num_kv_heads: int = 2
+    head_width: int = 0  # 0: width / num_heads; see `width_per_head`
+    qk_norm: Literal["head", "full", "none"] = "head"  # of each head, or of all heads together
+    attention_bias: bool = False  # of queries, keys and values
+    gated_attention: bool = False  # a gate for each head (arXiv 2505.06708)
+    untied_attention: bool = False  # projections for each clean group (arXiv 2411.04996)
+    norm_eps: float = 1e-6
     expert_hidden: int = 384
+    rope: Literal["1d", "3d"] = "1d"  # 3d: grids have time, height and width
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = True
     noisy_rank: int = 16  # rank of the low-rank attention weights of noisy ids; 0: none
     groups: dict[str, GroupConfig] = field(default_factory=default_groups)
@@ -154,7 +183,9 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use 1 or more")
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+        if self.head_width < 0 or self.head_width % 2:
+            raise UserError(f"head_width = {self.head_width}; use an even number, or 0")
+        if not self.head_width and self.width % (2 * self.num_heads):
             raise UserError(
                 f"width {self.width} over {self.num_heads} heads is no even head width; "
                 f"use a width that is a multiple of {2 * self.num_heads}"
@@ -168,8 +199,24 @@ class ModelConfig:
         _check_groups(self.groups)
 
     @property
-    def head_width(self) -> int:
-        return self.width // self.num_heads
+    def width_per_head(self) -> int:
+        return self.head_width or self.width // self.num_heads
+
+    @property
+    def width_of_heads(self) -> int:
+        """Of all heads together, which need not be that of the stream."""
+        return self.num_heads * self.width_per_head
+
+    @property
+    def undivided_attention(self) -> str | None:
+        """The option, if any, whose weights ranks that share heads cannot divide."""
+        options = {
+            "qk_norm = full": self.qk_norm == "full",
+            "attention_bias = true": self.attention_bias,
+            "gated_attention = true": self.gated_attention,
+            "untied_attention = true": self.untied_attention,
+        }
+        return next((option for option, chosen in options.items() if chosen), None)
 
     @property
     def ordered_groups(self) -> dict[str, GroupConfig]:

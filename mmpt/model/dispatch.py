@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from mmpt.config import UserError
-from mmpt.model.attention import Layout
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.model.draws import hash_ids, mix
+from mmpt.model.layout import Layout
 from mmpt.vocab import Modality
 
 

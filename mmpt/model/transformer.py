@@ -23,13 +23,18 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from mmpt.config import UserError, from_dict, to_dict, write_atomic
-from mmpt.model.attention import Attention, Layout, Piece, RMSNorm, Rotary, plan_pieces
+from mmpt.model.attention import Attention, Context, RMSNorm, Sorted
+from mmpt.model.backends import Attend, Backend, Causal, plan_attention
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig, Router
 from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.float8 import Linear
+from mmpt.model.layout import Layout
 from mmpt.model.moe import Experts, ModalityMoE
+from mmpt.model.rotary import Rotary, axes_of
 from mmpt.model.weights import read_tensors, upgrade
+from mmpt.stream import Rows
 from mmpt.vocab import Modality, Vocabulary
 
 FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no banks
@@ -42,7 +47,9 @@ class Layer(nn.Module):
         self, config: ModelConfig, *, number: int = 0, lender: "Layer | None" = None
     ) -> None:
         super().__init__()
-        self.attention_norm, self.expert_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention_norm, self.expert_norm = (
+            RMSNorm(config.width, config.norm_eps) for _ in range(2)
+        )
         self.attention = Attention(config)
         lent = None if lender is None else lender.experts
         self.experts = ModalityMoE(config, layer=number, lender=lent)
@@ -53,13 +60,12 @@ class Layer(nn.Module):
         self,
         x_BTD: torch.Tensor,
         *,
-        rotary: Rotary,
-        pieces: list[Piece] | None,
+        context: Context,
         dispatch: Dispatch,
         cache: LayerCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The stream behind this layer, and (B, T) what ids add to losses of routers, if any."""
-        inputs = x_BTD, rotary, pieces, dispatch, cache
+        inputs = x_BTD, context, dispatch, cache
         if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
             return self._compute(*inputs)
         return checkpoint(  # type: ignore[return-value] # it gives what the function gives
@@ -73,15 +79,13 @@ class Layer(nn.Module):
     def _compute(
         self,
         x_BTD: torch.Tensor,
-        rotary: Rotary,
-        pieces: list[Piece] | None,
+        context: Context,
         dispatch: Dispatch,
         cache: LayerCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = x_BTD + self.attention(
             self.attention_norm(x_BTD),
-            rotary=rotary,
-            pieces=pieces,
+            context=context,
             noisy_index=dispatch.noisy_index,
             cache=cache,
         )
@@ -97,11 +101,13 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend: Backend = "sdpa"  # of attention in training
+        self.linear: Linear = F.linear  # of projections; see `multiply_by`
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.layers = nn.ModuleList()
         for number in range(config.num_layers):
             self.layers.append(Layer(config, number=number, lender=self._lender(number)))
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         self.head: nn.Parameter | None = None
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.width))
@@ -134,6 +140,7 @@ class Decoder(nn.Module):
         document: torch.Tensor | None = None,
         block: torch.Tensor | None = None,
         limit: torch.Tensor | None = None,
+        axes: torch.Tensor | None = None,
         time: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         cache: KVCache | None = None,
@@ -143,13 +150,15 @@ class Decoder(nn.Module):
 
         modality, position, document, block, limit: int64 (B, T), see `Layout`. Without `document` a
         row is one document without pads; without `position` its ids are counted on from the cache.
+        axes: int64 (B, T, 3), see `axes_of`, where the model has three; without them ids have their
+        position on each, as text has.
         time: float (B, T), from 0 (noise) to 1 (clean), and noise: int64 (B,), see `Dispatch.plan`.
         With a cache, the ids see what it holds, and are appended to it unless `append` is False.
         """
         past = 0 if cache is None else len(cache)
         plain = document is None and block is None and past == 0
         layout = _layout(ids, position, document, block, limit, past)
-        pieces = None if plain else _pieces(layout, cache)
+        attend = Causal() if plain else self._attend(layout, cache)
         group = self.groups[(layout.block >= 0).long(), modality.clamp(0, len(Modality) - 1)]
         known = (modality >= 0) & (modality < len(Modality))
         group = torch.where(known, group, len(self.config.groups) + 1)
@@ -158,13 +167,13 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.begin(append=append)
         x_BTD = F.embedding(ids, self.embedding)
-        rotary = Rotary.at(layout.position, self.config, x_BTD.dtype)
+        place = layout.position if axes is None or self.config.rope == "1d" else axes
+        rotary = Rotary.at(place, self.config, x_BTD.dtype)
+        context = Context(rotary, attend, self._sort(modality), self.linear)
         losses: list[torch.Tensor] = []
         for number, layer in enumerate(self.layers):
             kept = None if cache is None else cache.layers[number]
-            x_BTD, loss_BT = layer(
-                x_BTD, rotary=rotary, pieces=pieces, dispatch=dispatch, cache=kept
-            )
+            x_BTD, loss_BT = layer(x_BTD, context=context, dispatch=dispatch, cache=kept)
             losses += [] if loss_BT is None else [loss_BT]
         self._router_loss = torch.stack(losses).sum(0) / len(self.layers) if losses else None
         if cache is not None and append:
@@ -184,6 +193,10 @@ class Decoder(nn.Module):
         """
         loss, self._router_loss = self._router_loss, None
         return loss
+
+    def axes_of(self, rows: Rows) -> torch.Tensor | None:
+        """The `axes` of packed rows, where the model has three."""
+        return axes_of(rows) if self.config.rope == "3d" else None
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model."""
@@ -239,6 +252,14 @@ class Decoder(nn.Module):
         self.requires_grad_(False)
         for each in auxiliary:
             each.requires_grad_()
+
+    def multiply_by(self, linear: Linear) -> None:
+        """Compute the products of projections and experts by another function, such as in FP8."""
+        self.linear = linear
+        for layer in self._layers():
+            for experts in layer.experts.experts():
+                for bank in experts.banks():
+                    bank.linear = linear
 
     @property
     def frozen_clean(self) -> bool:
@@ -328,10 +349,10 @@ class Decoder(nn.Module):
         folder = Path(folder)
         config, version = _read_config(folder)
         ours, theirs = (to_dict(replace(each, noisy_rank=0)) for each in (self.config, config))
-        if different := [key for key in ours if ours[key] != theirs.get(key)]:
+        if different := [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]:
             key = different[0]
             raise UserError(
-                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours[key]}; they "
+                f"{folder} has {key} = {theirs.get(key)}, the recipe's model {ours.get(key)}; they "
                 "must be equal"
             )
         tensors = upgrade(read_tensors(folder), version, config)
@@ -354,13 +375,13 @@ class Decoder(nn.Module):
         group = config.groups[name]
         hidden = round(group.mean_active * config.expert_hidden) + group.shared_hidden
         router = config.width * group.num_choices if group.learned else 0
-        layer = sum(p.numel() for n, p in attention.named_parameters() if noisy or "noisy" not in n)
-        layer += 3 * config.width * hidden + router + 2 * config.width
+        layer = attention.num_active(noisy=noisy) + 3 * config.width * hidden
+        layer += router + 2 * config.width
         return config.num_layers * layer + config.width * (config.vocab_size + 1)
 
     def flops_per_token(self, modality: Modality, *, context: int = 0, noisy: bool = False) -> int:
         """Of a forward pass, with `context` keys seen; a training step takes three times that."""
-        attention = 4 * self.config.width * context * self.config.num_layers
+        attention = 4 * self.config.width_of_heads * context * self.config.num_layers
         return 2 * self.num_active_parameters(modality, noisy=noisy) + attention
 
     def _by_group(self, counted: Callable[[Experts], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -377,6 +398,17 @@ class Decoder(nn.Module):
         """The layer whose experts another one shares; None where that has its own."""
         first = number - number % self.config.expert_share_every
         return None if first == number else self._layers()[first]
+
+    def _attend(self, layout: Layout, cache: KVCache | None) -> Attend:
+        past = None if cache is None else cache.layout
+        key = layout if past is None else past.cat(layout)
+        return plan_attention(layout, key, self.backend if self.training else "sdpa")
+
+    def _sort(self, modality: torch.Tensor) -> Sorted | None:
+        if not self.config.untied_attention:
+            return None
+        clean = [group for group in self.config.groups.values() if not group.noisy]
+        return Sorted.plan(self.groups[0, modality], len(clean))
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type] # ModuleList forgets the class
@@ -406,11 +438,6 @@ def _layout(
     return Layout(document, position, block, limit)
 
 
-def _pieces(layout: Layout, cache: KVCache | None) -> list[Piece]:
-    past = None if cache is None else cache.layout
-    return plan_pieces(layout, layout if past is None else past.cat(layout))
-
-
 @torch.no_grad()
 def _initialise(model: Decoder, generator: torch.Generator) -> None:
     # Normal, 1/sqrt(fan in); what writes to the stream is divided by sqrt(2 x layers), so that the
@@ -429,7 +456,11 @@ def _initialise(model: Decoder, generator: torch.Generator) -> None:
     for layer in model.layers:
         assert isinstance(layer, Layer)
         _normal(layer.attention.project_in, config.width**-0.5, generator)
-        _normal(layer.attention.project_out, deep * config.width**-0.5, generator)
+        _normal(layer.attention.project_out, deep * config.width_of_heads**-0.5, generator)
+        if layer.attention.bias_in is not None:
+            layer.attention.bias_in.zero_()
+        if layer.attention.head_gate is not None:
+            _normal(layer.attention.head_gate, config.width**-0.5, generator)
         _initialise_low_rank(layer.attention, generator)
         for experts in layer.experts.experts():
             for bank in experts.banks():

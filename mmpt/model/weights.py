@@ -102,7 +102,7 @@ def _from_1(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, 
     parts = weight.split(".")
     if parts[-1] == "project_in" or parts[-2:] == ["noisy_in", "up"]:
         heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        tensor = _by_head(tensor, heads, config.head_width) if tensor.ndim else tensor
+        tensor = _by_head(tensor, heads, config.width_per_head) if tensor.ndim else tensor
     elif "groups" in parts and parts[-1] in ("gate_up", "down"):
         weight = ".".join([*parts[:-1], "bank", parts[-1]])
         if parts[-1] == "gate_up" and tensor.ndim:

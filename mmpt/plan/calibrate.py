@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from mmpt.model.attention import Layout as AttentionLayout
-from mmpt.model.attention import Rotary
+from mmpt.model.attention import Context
+from mmpt.model.backends import Causal
 from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.layout import Layout as AttentionLayout
+from mmpt.model.rotary import Rotary
 from mmpt.model.transformer import Layer
 from mmpt.plan.machines import Machine
 from mmpt.plan.workload import Workload
@@ -157,9 +159,9 @@ def _products(work: Workload, ranks: int) -> Iterator[tuple[float, int, int, int
     """How often, and (rows, width) x (width, out), of one rank's batch."""
     model, data = work.model, work.recipe.data
     ids, layers = data.rows * data.length // ranks, model.num_layers
-    width, keys = model.width, model.num_kv_heads * model.head_width
-    yield layers, ids, width, width + 2 * keys
-    yield layers, ids, width, width
+    width, heads = model.width, model.width_of_heads
+    yield layers, ids, width, heads + 2 * model.num_kv_heads * model.width_per_head
+    yield layers, ids, heads, width
     for group in model.groups.values():
         rows = round(ids * work.share_of(group) * group.num_active / group.num_experts)
         if rows:
@@ -171,14 +173,14 @@ def _products(work: Workload, ranks: int) -> Iterator[tuple[float, int, int, int
 def _attention(work: Workload, ranks: int) -> Iterator[tuple[float, float, float]]:
     """How often, its seconds and operations: of one row, forward and back."""
     model, data = work.model, work.recipe.data
-    size = (1, model.num_heads, data.length, model.head_width)
+    size = (1, model.num_heads, data.length, model.width_per_head)
     q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, data.length, data.length, dtype=torch.bool).tril()
 
     def attend() -> None:
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
 
-    operations = 3 * 4 * model.width * data.length**2
+    operations = 3 * 4 * model.width_of_heads * data.length**2
     yield model.num_layers * data.rows / ranks, _best(attend), operations
 
 
@@ -190,15 +192,15 @@ def _small_step(work: Workload) -> float:
         for parameter in layer.parameters():
             parameter.fill_(0.01)
     modality = torch.arange(len(Modality))[None]
+    context = Context(Rotary.at(modality, config, torch.float32), Causal())
     layout = AttentionLayout.clean(torch.zeros_like(modality), modality)
-    rotary = Rotary.at(layout.position, config, torch.float32)
     group = group_table(config)[0, modality]
     dispatch = Dispatch.plan(group, config, ids=torch.zeros_like(modality), layout=layout)
     x = torch.randn(1, len(Modality), config.width, requires_grad=True)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=work.products == 2):
-            y, _ = layer(x, rotary=rotary, pieces=None, dispatch=dispatch, cache=None)
+            y, _ = layer(x, context=context, dispatch=dispatch, cache=None)
         y.sum().backward()
 
     return _best(step)

@@ -81,7 +81,8 @@ def kept_of_layer(work: Workload, layout: Layout, recompute: str) -> float:
     model, a, t = work.model, work.products, layout.tensor
     cpu = work.recipe.device == "cpu"
     attended = WIDE if cpu else a  # CPUs attend in float32
-    width, keys = model.width, model.num_kv_heads * model.head_width
+    width, heads = model.width, model.width_of_heads
+    keys = model.num_kv_heads * model.width_per_head
     hidden = sum(
         work.share_of(group) * group.num_active * model.expert_hidden
         for group in model.groups.values()
@@ -92,11 +93,11 @@ def kept_of_layer(work: Workload, layout: Layout, recompute: str) -> float:
     if recompute == "full":
         return stream
     if recompute == "selective":  # outputs of products and of attention
-        attention = (a * (width + 2 * keys) + attended * width) / t + a * width
+        attention = (a * (heads + 2 * keys) + attended * heads) / t + a * width
         return stream + attention + a * (2 * hidden / t + active * width)
     norms = stream * (4 if cpu else 2)  # GPUs have one kernel for it
-    attention = 2 * a * width + (2 if cpu else 1) * WIDE * (width + keys) / t
-    attention += 4 * attended * width / t + attended * work.recipe.data.length  # and its mask
+    attention = 2 * a * width + (2 if cpu else 1) * WIDE * (heads + keys) / t
+    attention += 4 * attended * heads / t + attended * work.recipe.data.length  # and its mask
     experts = stream + active * 2 * a * width + 3 * a * hidden / t
     return norms + attention + experts
 

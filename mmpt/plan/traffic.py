@@ -171,7 +171,7 @@ def _of_tensors(work: Workload, layout: Layout) -> Iterator[Message]:
     forward = count * (2 if recipe.parallel.recompute != "none" else 1)
     yield Message("all-reduce", "tensor", ids * model.width * work.products, forward)
     yield Message("all-reduce", "tensor", ids * model.width * WIDE, count)
-    yield Message("all-reduce", "tensor", WIDE * model.head_width, 2 * count)  # of QK-norm
+    yield Message("all-reduce", "tensor", WIDE * model.width_per_head, 2 * count)  # of QK-norm
     for group in model.groups.values():
         rows = ids * work.share_of(group) * group.num_active * model.width
         yield Message("all-reduce", "tensor", rows * work.products, forward + count)

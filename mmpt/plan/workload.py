@@ -68,7 +68,7 @@ class Workload:
 
     @property
     def products(self) -> int:
-        return 2 if self.recipe.precision == "bf16" else 4
+        return 4 if self.recipe.precision == "fp32" else 2
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,8 @@ import torch
 from mmpt.config import UserError
 from mmpt.data.loader import Loader
 from mmpt.data.order import mix_keys
+from mmpt.model.backends import check_backend
+from mmpt.model.float8 import check_float8, float8_linear
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
 from mmpt.train.checkpoint import (
@@ -84,7 +86,13 @@ class Trainer:
         check_installed(recipe.track)
         self.ranks = Ranks(recipe.parallel, recipe.device)
         self.device = self.ranks.device
+        check_backend(recipe.attention, self.device)
+        if recipe.precision == "fp8":
+            check_float8(self.device)
         self.model = self._build(build, initialise).train()
+        self.model.backend = recipe.attention
+        if recipe.precision == "fp8":
+            self.model.multiply_by(float8_linear())
         self.loader = Loader(
             recipe.data,
             vocabulary,
@@ -288,7 +296,7 @@ class Trainer:
             forget_after(self.folder / "metrics.jsonl", self.counters.step)
 
     def _measure_peak(self) -> float:
-        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
+        dtype = torch.float32 if self.recipe.precision == "fp32" else torch.bfloat16
         peak = torch.tensor(measure_peak(self.device, dtype), dtype=torch.float64)
         return self.ranks.sum(peak).item() * self.recipe.parallel.tensor
 
@@ -324,7 +332,7 @@ class Trainer:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
-        enabled = self.recipe.precision == "bf16"
+        enabled = self.recipe.precision != "fp32"
         laps.begin("forward")
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = self.objective.losses(self.model, batch)

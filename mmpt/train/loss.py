@@ -118,6 +118,7 @@ class NextToken:
             modality=rows.modality,
             position=rows.position,
             document=rows.document,
+            axes=model.axes_of(rows),
             noise=batch.noise,
         )
         return score_next(

@@ -29,7 +29,7 @@ NO_DECAY = ("embedding", "norm")  # parts of names; one-dimensional weights neve
 VOCABULARY = {"embedding", "head"}  # one row an id: an id's row is a vector, not part of a map
 # what Adam moves though it has two axes: routers are many small readouts, and an orthogonal step of
 # one low-rank factor is no orthogonal step of the product
-NOT_ORTHOGONAL = VOCABULARY | {"router", "auxiliary", "noisy_in", "noisy_out"}
+NOT_ORTHOGONAL = VOCABULARY | {"router", "auxiliary", "head_gate", "noisy_in", "noisy_out"}
 POWER = -0.51  # of the tokens seen, arXiv 2408.13359
 
 
@@ -127,18 +127,20 @@ def matrices_of(model: nn.Module, name: str) -> Matrices:
         sizes, width = (attention.num_queries, 1, 1), attention.head_width
         return Matrices(
             lambda stack: [
-                part.flatten(0, 2)
-                for part in stack.unflatten(0, (-1, sum(sizes), width)).split(sizes, 1)
+                part.flatten(-4, -2)
+                for part in stack.unflatten(-2, (-1, sum(sizes), width)).split(sizes, -3)
             ],
             lambda parts: torch.cat(
-                [p.unflatten(0, (-1, n, width)) for p, n in zip(parts, sizes, strict=True)], 1
-            ).flatten(0, 2),
+                [p.unflatten(-2, (-1, n, width)) for p, n in zip(parts, sizes, strict=True)], -3
+            ).flatten(-4, -2),
+            stacked=attention.project_in.ndim == 3,
         )
     if leaf == "gate_up":
         return Matrices(
             lambda stack: list(stack.unbind(2)), lambda parts: torch.stack(parts, 2), stacked=True
         )
-    return Matrices(lambda matrix: [matrix], lambda parts: parts[0], stacked=leaf == "down")
+    stacked = model.get_parameter(name).ndim == 3
+    return Matrices(lambda matrix: [matrix], lambda parts: parts[0], stacked=stacked)
 
 
 @torch.no_grad()

@@ -76,6 +76,11 @@ class ParallelConfig:
         ):
             if size % tensor:
                 raise UserError(f"parallel.tensor = {tensor} does not divide model.{name} = {size}")
+        if tensor > 1 and (undivided := model.undivided_attention):
+            raise UserError(
+                f"model.{undivided} is not divided over tensors; use parallel.tensor = 1, not "
+                f"{tensor}"
+            )
         for name, group in model.groups.items():
             if group.shared_hidden % tensor:
                 raise UserError(
@@ -161,7 +166,7 @@ class Ranks:
             assert isinstance(layer, Layer)
             layer.recompute = _contexts(self.config.recompute)
             if self.config.compile:
-                layer.attention.compile()
+                layer.attention.compile(fullgraph=True)
         if self.mesh is None:
             return model.to(self.device)
         for layer in model.layers:

@@ -10,6 +10,7 @@ from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.data.pipeline_source import with_processors
 from mmpt.eval.config import EvaluateConfig
+from mmpt.model.backends import Backend
 from mmpt.model.config import ModelConfig, Router
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
@@ -25,7 +26,7 @@ FREE = (
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
     *("keep_every", "parallel.*", "guard.stall", "evaluate.*"),
-    *("track", "profile", "samples.*"),
+    *("track", "profile", "samples.*", "attention"),
 )
 
 
@@ -40,7 +41,8 @@ class RunRecipe:
     loss_weights: dict[str, float] = field(default_factory=dict)  # by modality; 1 unless given
     accumulate: int = 1  # batches a step
     ema: float = 0.0  # decay of an average of the weights, such as 0.999; 0: none
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    attention: Backend = "sdpa"  # what computes it: flex and xformers need CUDA
     seed: int = 0
     checkpoint_every: int = 200  # steps
     keep: int = 2  # checkpoints, the newest ones

@@ -55,7 +55,7 @@ class Watching:
                 encoded=encoded,
                 ranks=ranks,
                 step=step,
-                bf16=recipe.precision == "bf16",
+                bf16=recipe.precision != "fp32",
             )
 
     def __enter__(self) -> Self:

@@ -73,7 +73,7 @@ def test_flops_are_three_passes_over_what_is_seen(tmp_path: Path) -> None:
         config, weights = trainer.model.config, trainer.model.num_parameters
         spared = config.num_layers * 2 * 3 * config.width * config.expert_hidden  # 2 of 4 experts
         spared += config.vocab_size * config.width  # looked up, not multiplied
-        scales = config.num_layers * 2 * config.head_width  # of QK-norms
+        scales = config.num_layers * 2 * config.width_per_head  # of QK-norms
         seen = config.num_layers * 4 * config.width * (train.LENGTH / 2)
         assert flops == pytest.approx(ids * 3 * (2 * (weights - spared - scales) + seen), rel=0.01)
 

@@ -133,10 +133,18 @@ def test_autocast_does_not_lose_gradients_between_the_two_steps(make_model, voca
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope": "3d", "head_width": 12},
+        {"untied_attention": True, "gated_attention": True, "qk_norm": "full"},
+    ],
+)
 def test_a_noisy_training_block_equals_a_cached_prefix_and_a_block_pass(
-    make_model, vocabulary, make_document
+    make_model, vocabulary, make_document, changes
 ):
-    model, document = make_model(), make_document(0)
+    model, document = make_model(**changes), make_document(0)
     rows = Rows.pack([[document]], 60, 0)
     joint = corrupt(
         rows,

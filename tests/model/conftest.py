@@ -119,6 +119,7 @@ def run():
 
     def call(model: Decoder, rows: Rows, **changes) -> torch.Tensor:
         columns = {name: getattr(rows, name) for name in ("modality", "position", "document")}
+        columns["axes"] = model.axes_of(rows)
         return model(changes.pop("ids", rows.ids), **{**columns, **changes})
 
     return call

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from mmpt.model import attention
-from mmpt.model.attention import Layout, Rotary, attend, plan_pieces, visible
+from mmpt.model import backends
+from mmpt.model.backends import Causal, Masked, plan_pieces
+from mmpt.model.layout import Layout, visible
+from mmpt.model.rotary import Rotary
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_clean_ids_see_no_noisy_id_and_a_block_not_its_own_clean_copy(layout):
 
 
 def test_pieces_equal_dense_attention(layout, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK", 3)
+    monkeypatch.setattr(backends, "CHUNK", 3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, h, 14, 4, generator=generator, dtype=torch.float64) for h in (4, 2, 2)
@@ -52,14 +54,14 @@ def test_pieces_equal_dense_attention(layout, monkeypatch):
     assert any(isinstance(piece.keys, torch.Tensor) for piece in pieces)  # a gap between the keys
     k4, v4 = (x.repeat_interleave(2, 1) for x in (k, v))
     scores = (q @ k4.transpose(-1, -2) / 2).masked_fill(~visible(layout, layout)[:, None], -1e300)
-    torch.testing.assert_close(attend(q, k, v, pieces), scores.softmax(-1) @ v4, atol=1e-12, rtol=0)
+    torch.testing.assert_close(Masked(pieces)(q, k, v), scores.softmax(-1) @ v4, atol=1e-12, rtol=0)
 
 
 def test_without_pieces_attention_is_causal():
     x = torch.randn(1, 2, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layout = Layout.clean(torch.zeros(1, 9, dtype=torch.int64), torch.arange(9)[None])
-    whole = attend(x, x, x, None)
-    torch.testing.assert_close(whole, attend(x, x, x, plan_pieces(layout, layout)))
+    whole = Causal()(x, x, x)
+    torch.testing.assert_close(whole, Masked(plan_pieces(layout, layout))(x, x, x))
 
 
 def test_rotary_scores_depend_on_the_distance_only(make_config):

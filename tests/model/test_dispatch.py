@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpt.config import UserError
-from mmpt.model.attention import Layout
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.layout import Layout
 from mmpt.model.moe import Experts, ModalityMoE
 
 EVERYTHING = ("text", "image", "video", "speech")

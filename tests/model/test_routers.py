@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import noop_context_fn
 
 from mmpt.config import UserError
-from mmpt.model.attention import Layout
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.model.dispatch import Dispatch
 from mmpt.model.draws import hash_ids, logistic
+from mmpt.model.layout import Layout
 from mmpt.model.moe import ModalityMoE
 from mmpt.model.routers import router_loss
 from mmpt.model.transformer import Decoder

@@ -248,7 +248,7 @@ def test_a_model_of_format_1_is_read_as_it_was(make_model, tmp_path):
     old = {}
     for name, tensor in tensors.items():
         if name.endswith(("project_in", "noisy_in.up")):  # all queries, all keys, all values
-            heads = tensor.view(config.num_kv_heads, -1, config.head_width, tensor.shape[1])
+            heads = tensor.view(config.num_kv_heads, -1, config.width_per_head, tensor.shape[1])
             tensor = torch.cat(
                 [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
             )

@@ -41,7 +41,7 @@ def test_a_slope_is_the_exponent_of_the_width():
 
 def test_wider_models_have_more_heads_of_one_width():
     models = widened(replace(SMALL, width=512, num_layers=30))
-    assert {model.head_width for model in models} == {32}  # narrowed from 128
+    assert {model.width_per_head for model in models} == {32}  # narrowed from 128
     assert {model.num_layers for model in models} == {2}
     assert {model.expert_hidden / model.width for model in models} == {64 / 512}
     assert {model.num_heads / model.num_kv_heads for model in models} == {2}
