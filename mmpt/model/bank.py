@@ -67,13 +67,13 @@ def _products(
     num_experts, width, _ = w_EDF.shape
     if num_experts == 1:
         return _product(x_ND, w_EDF[0], linear)
+    each = len(x_ND) // num_experts
     if linear is None and counts_E is None:
-        return torch.bmm(x_ND.view(num_experts, -1, width), w_EDF).flatten(0, 1)
+        return torch.bmm(x_ND.view(num_experts, each, width), w_EDF).flatten(0, 1)
     even = width % 8 == w_EDF.shape[2] % 8 == 0  # as it needs its rows to lie
     if linear is None and counts_E is not None and x_ND.dtype == torch.bfloat16 and even:
         # in other dtypes it is no faster than a loop
         return F.grouped_mm(x_ND, w_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
-    each = len(x_ND) // num_experts
     counts = [each] * num_experts if counts_E is None else counts_E.tolist()
     rest = len(x_ND) - sum(counts)
     parts = zip(x_ND.split([*counts, rest]), w_EDF, strict=False)

@@ -105,7 +105,8 @@ class Experts(nn.Module):
             self._count(len(x_GD))
             return self.bank(lengthen(low_GD))[: len(x_GD)], None
         if part.hashed_GC is not None:
-            gates_GC = torch.full_like(part.hashed_GC, 1 / self.num_active, dtype=torch.float32)
+            exact = torch.promote_types(x_GD.dtype, torch.float32)
+            gates_GC = torch.full_like(part.hashed_GC, 1 / self.num_active, dtype=exact)
             self._count(count(part.hashed_GC.flatten(), self.num_experts))
             return self._by_token(low_GD, gates_GC, part.hashed_GC), None
         assert self.router is not None, "hashes are in the part"

@@ -99,7 +99,7 @@ def _sizes(config: ModelConfig, optim: OptimConfig, seed: int) -> dict[str, list
         part = name.rpartition(".")[-1]
         if part in step:
             module.register_forward_hook(
-                lambda _, inputs, output, part=part: step[part].append(output.detach().abs().mean())
+                lambda _, inputs, output, part=part: step[part].append(_size(output))
             )
     sizes: dict[str, list[float]] = {part: [] for part in step}
     for _ in range(STEPS + 1):
@@ -120,3 +120,9 @@ def _verdict(passed: bool, base: int) -> str:
     if base:
         return "sizes depend on the width though muP is on: a weight has the wrong rate or start"
     return "sizes grow with the width: tune optim.lr anew at each, or set optim.mup_base_width"
+
+
+def _size(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Of an output, or of the first one: experts add the loss of their routers."""
+    first = output[0] if isinstance(output, tuple) else output
+    return first.detach().abs().mean()

@@ -96,7 +96,9 @@ def _lowest(runs: Sequence[Run], media: Sequence[str]) -> str:
                 best = int(nats.argmin())
                 who = chip(run.name, run_hue(index)) if len(runs) > 1 else ""
                 step, low, last = number(int(steps[best])), nats[best], nats[-1]
-                rows.append([f"{who} {medium}", step, number(float(low), 3), number(float(last), 3)])
+                rows.append(
+                    [f"{who} {medium}", step, number(float(low), 3), number(float(last), 3)]
+                )
     columns = ["", "step", "nats there", "nats at the end"]
     return table(columns, rows, label="Lowest held-out nats")
 
