@@ -90,10 +90,9 @@ def _copy_attention(ours: Attention, theirs: Any) -> None:
     for name, part in zip("qkv", stack.split(sizes, 1), strict=True):
         getattr(theirs, f"{name}_proj").weight.copy_(part.flatten(0, 2))
     theirs.o_proj.weight.copy_(ours.project_out)
-    for norm, scale in (
-        (theirs.q_norm, ours.query_norm.scale),
-        (theirs.k_norm, ours.key_norm.scale),
-    ):
+    for norm, one in ((theirs.q_norm, ours.query_norm), (theirs.k_norm, ours.key_norm)):
+        assert one is not None
+        scale = one.scale
         norm.weight.copy_(scale.repeat(len(norm.weight) // len(scale)))
 
 
