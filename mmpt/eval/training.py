@@ -33,7 +33,7 @@ def render_runs(runs: Sequence[Run]) -> str:
         "experts": ("Who does the work", work.experts(runs)),
         "time": ("Where the time goes", work.time(runs)),
         "samples": ("What it makes", training.samples(runs)),
-        "recipes": ("What differs", training.recipes(runs)),
+        "recipes": ("What differs" if len(runs) > 1 else "Its recipe", training.recipes(runs)),
     }
     title = runs[0].name
     if len(runs) > 1:

@@ -187,10 +187,10 @@ def test_evaluations_are_log_spaced():
 def test_the_shipped_recipe_is_one(tmp_path):
     path = Path(__file__).parents[2] / "examples/recipes/savings.toml"
     recipe = load_recipe(SavingsRecipe, path, ["model.vocab_size=100"])
-    names = [name for name in VARIANTS if name != "mot"]
+    names = list(VARIANTS)
     jobs = plan_jobs(recipe, [*names, *recipe.variants], recipe.variants, tmp_path, 3)
     assert [job.variant for job in jobs[:2]] == ["dense", "shared-8"]
-    assert len(jobs) == 3 * 6
+    assert len(jobs) == 3 * 7
     first = {(job.variant, job.stages[0].recipe.seed): job.stages[0].recipe.steps for job in jobs}
     assert first["dense", 2] == 2 * recipe.steps
     assert first["moma", 0] == first["wide-text", 1] == recipe.steps
