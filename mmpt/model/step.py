@@ -1,0 +1,227 @@
+"""One more clean id of each row over a cache, with little but matrix products.
+
+Decoding one id at a time, small models spend most of their time between the products: on sorting
+ids by group, on masks, on copies of keys. Here are the same layers for exactly one id a row; a test
+holds the two together. Models with options that this file does not know go through the decoder.
+
+Legend: B rows, n rows of a group, D width, G key-value heads, Q queries of each, W head width,
+E experts, C experts per id, F hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+from mmpt.model.attention import Attention, Rotary
+from mmpt.model.cache import KVCache, LayerCache
+from mmpt.model.moe import Bank, Experts
+from mmpt.model.transformer import Decoder, Layer
+
+EPS = 1e-6  # of RMSNorm
+MODEL_OPTIONS = {
+    "vocab_size",
+    "width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "expert_hidden",
+    "rope_base",
+    "tie_embeddings",
+    "noisy_rank",
+    "groups",
+    "vocabulary",
+}
+GROUP_OPTIONS = {"modalities", "num_experts", "num_active", "router", "noisy"}
+
+
+class Stepper:
+    """The layers of a decoder, for one clean id of each row."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._config, self._embedding = model.config, model.embedding
+        exact = torch.promote_types(model.embedding.dtype, torch.float32)
+        self._layers = [_Layer.of(layer, exact) for layer in model.layers]  # type: ignore[arg-type] # ModuleList forgets the class
+        self._norm = model.norm.scale.to(exact)
+        self._groups: list[int] = model.groups[0].tolist()
+        on_cpu = model.embedding.device.type == "cpu"
+        self.attention_dtype = exact if on_cpu else model.embedding.dtype  # as in `attend`
+        self._told: tuple[tuple[int, ...], list[tuple[int, torch.Tensor]]] = ((), [])
+
+    @classmethod
+    def of(cls, model: Decoder) -> "Stepper | None":
+        """None where the decoder itself has to compute single ids, too."""
+        groups = model.config.groups.values()
+        known = _known(model.config, MODEL_OPTIONS) and all(
+            _known(group, GROUP_OPTIONS) and group.router in ("hard", "token_choice")
+            for group in groups
+        )
+        spread = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        spread |= any(getattr(m, "expert_group", None) is not None for m in model.modules())
+        mixed = torch.is_autocast_enabled(model.embedding.device.type)
+        return cls(model) if known and not (spread or mixed) else None
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        media: Sequence[int],
+        position: torch.Tensor,
+        cache: KVCache,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states (B, D) after the final norm; the layers of `cache` keep the new keys.
+
+        ids, position: int64 (B,). media: of each row, on the host. bias: (B, 1, 1, S) in
+        `attention_dtype`, 0 where the row sees the slot (its own is the last), else -inf; None
+        where all rows see all.
+        """
+        groups = self._sort(media, ids.device)
+        x_BD = F.embedding(ids, self._embedding)
+        rotary = Rotary.at(position[:, None], self._config, x_BD.dtype)
+        cos, sin = torch.cat((rotary.cos,) * 2, -1), torch.cat((-rotary.sin, rotary.sin), -1)
+        for layer, kept in zip(self._layers, cache.layers, strict=True):
+            x_BD = self._attend(x_BD, layer, kept, cos, sin, bias)
+            low_BD = _norm(x_BD, layer.expert_norm)
+            if len(groups) == 1:
+                x_BD = layer.groups[groups[0][0]].add(x_BD, low_BD)
+                continue
+            parts = [layer.groups[group].add(x_BD[rows], low_BD[rows]) for group, rows in groups]
+            for (_, rows), part in zip(groups, parts, strict=True):
+                x_BD = x_BD.index_copy(0, rows, part)
+        return _norm(x_BD, self._norm)
+
+    def _sort(self, media: Sequence[int], device: torch.device) -> list[tuple[int, torch.Tensor]]:
+        """(group, its rows) of each group that has any; as the last time, when media are."""
+        if self._told[0] != tuple(media):
+            of_rows = torch.tensor([self._groups[medium] for medium in media])
+            rows = [(g, (of_rows == g).nonzero()[:, 0].to(device)) for g in of_rows.unique().tolist()]
+            self._told = tuple(media), rows
+        return self._told[1]
+
+    def _attend(
+        self,
+        x_BD: torch.Tensor,
+        layer: "_Layer",
+        kept: LayerCache,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y = F.linear(_norm(x_BD, layer.attention_norm), layer.project_in)
+        y_BGHW = y.view(len(y), -1, len(layer.head_scale) + 1, layer.head_scale.shape[1])
+        turned = y_BGHW[:, :, :-1].to(cos.dtype)  # queries, and the key behind them
+        turned = torch.rms_norm(turned, turned.shape[-1:], None, EPS) * layer.head_scale
+        turned = turned.to(y.dtype)
+        swapped = turned.roll(turned.shape[-1] // 2, -1)
+        turned = torch.addcmul(turned * cos, swapped, sin).to(y.dtype)
+        k, v = kept.push(turned[:, :, -1], y_BGHW[:, :, -1])
+        q = turned[:, :, :-1]  # queries of a head stand where those of one id do otherwise
+        out = F.scaled_dot_product_attention(
+            *(part.to(self.attention_dtype) for part in (q, k, v)), attn_mask=bias
+        )
+        return torch.addmm(x_BD, out.reshape(x_BD.shape).to(y.dtype), layer.project_out.T)
+
+
+class _Hard(NamedTuple):
+    """A group of one expert."""
+
+    gate_up: torch.Tensor  # (D, 2 F)
+    down: torch.Tensor  # (F, D)
+
+    def add(self, x_nD: torch.Tensor, low_nD: torch.Tensor) -> torch.Tensor:
+        """x, and what the experts make of its norm."""
+        return torch.addmm(x_nD, _inner(low_nD @ self.gate_up), self.down)
+
+
+class _Choice(NamedTuple):
+    """A group whose ids choose their experts, see `Experts`."""
+
+    gate_up: torch.Tensor  # (E, D, 2 F)
+    down: torch.Tensor  # (E, F, D)
+    router: torch.Tensor
+    balance: torch.Tensor
+    num_active: int
+
+    def add(self, x_nD: torch.Tensor, low_nD: torch.Tensor) -> torch.Tensor:
+        """x, and what the experts make of its norm."""
+        chosen_nC, gates_nC = self.route(low_nD)
+        total_nD = torch.zeros_like(x_nD, dtype=gates_nC.dtype)
+        if x_nD.device.type != "cpu":
+            gates_nE = total_nD.new_zeros(len(x_nD), len(self.router[0]))
+            total_nD = self.every(low_nD, gates_nE.scatter_(1, chosen_nC, gates_nC))
+        else:
+            for expert, rows, ranks in _by_expert(chosen_nC.tolist()):
+                y = _inner(low_nD[rows] @ self.gate_up[expert]) @ self.down[expert]
+                total_nD.index_add_(0, torch.tensor(rows), y * gates_nC[rows, ranks, None])
+        return x_nD + total_nD.to(x_nD.dtype)
+
+    def route(self, low_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's experts (n, C), and their gates."""
+        scores_nE = torch.sigmoid(low_nD.to(self.router.dtype) @ self.router)
+        chosen_nC = (scores_nE + self.balance).topk(self.num_active, dim=-1, sorted=False).indices
+        return chosen_nC, scores_nE.gather(1, chosen_nC) * (2 / self.num_active)
+
+    def every(self, low_nD: torch.Tensor, gates_nE: torch.Tensor) -> torch.Tensor:
+        """All experts on all rows: no host sync, and fewer reads than copies of chosen weights."""
+        y_EnD = _inner(low_nD @ self.gate_up) @ self.down
+        return torch.einsum("end,ne->nd", y_EnD.to(gates_nE.dtype), gates_nE)
+
+
+class _Layer(NamedTuple):
+    attention_norm: torch.Tensor
+    project_in: torch.Tensor
+    head_scale: torch.Tensor  # (Q + 1, W): of QK-norms
+    project_out: torch.Tensor
+    expert_norm: torch.Tensor
+    groups: list[_Hard | _Choice]
+
+    @classmethod
+    def of(cls, layer: Layer, exact: torch.dtype) -> "_Layer":
+        attention: Attention = layer.attention
+        queries = attention.query_norm.scale.expand(attention.num_queries, -1)
+        return cls(
+            layer.attention_norm.scale.to(exact),
+            attention.project_in,
+            torch.cat((queries, attention.key_norm.scale[None])).to(exact),
+            attention.project_out,
+            layer.expert_norm.scale.to(exact),
+            [_group(experts, exact) for experts in layer.experts.experts()],
+        )
+
+
+def _group(experts: Experts, exact: torch.dtype) -> _Hard | _Choice:
+    bank: Bank = experts.bank
+    gate_up = bank.gate_up.flatten(2)
+    if experts.router is None:
+        return _Hard(gate_up[0], bank.down[0])
+    router, balance = experts.router.to(exact), experts.balance.to(exact)
+    return _Choice(gate_up, bank.down, router, balance, experts.num_active)
+
+
+def _norm(x_BD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.rms_norm(x_BD.to(scale.dtype), scale.shape, scale, EPS).to(x_BD.dtype)
+
+
+def _inner(x_2F: torch.Tensor) -> torch.Tensor:
+    gate, up = x_2F.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _by_expert(chosen: list[list[int]]) -> list[tuple[int, list[int], list[int]]]:
+    """(expert, rows, which of their choices it was)."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for row, experts in enumerate(chosen):
+        for rank, expert in enumerate(experts):
+            rows, ranks = found.setdefault(expert, ([], []))
+            rows.append(row)
+            ranks.append(rank)
+    return [(expert, rows, ranks) for expert, (rows, ranks) in found.items()]
+
+
+def _known(config: Any, names: set[str]) -> bool:
+    """Whether every option but those is as it is by default."""
+    others = [f for f in fields(config) if f.name not in names]
+    return all(f.default is not MISSING and getattr(config, f.name) == f.default for f in others)
