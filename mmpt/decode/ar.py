@@ -85,7 +85,7 @@ class Prefix:
 
     @torch.inference_mode()
     def push(self, ids: torch.Tensor, media: Sequence[int], live: Sequence[bool]) -> None:
-        """Commit one id (samples,) to both branches where `live`; that and media are on the host."""
+        """Commit an id (samples,) to both branches where `live`, which like media is on the host."""
         if self._step is None:
             modality, on = (torch.tensor(x, device=self.device) for x in (media, live))
             self.append(ids[:, None], modality[:, None], on)
@@ -205,7 +205,10 @@ def generate_block(
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
     uniform = uniforms(generators, length, prefix.device)
-    book, num_books = codebook_of(vocabulary, modality, candidates), vocabulary.num_codebooks(modality)
+    book, num_books = (
+        codebook_of(vocabulary, modality, candidates),
+        vocabulary.num_codebooks(modality),
+    )
     places = torch.tensor([g.place for g in grammars[: len(prompts)]], device=prefix.device)
     ids: list[torch.Tensor] = []
     for step in range(length):

@@ -97,7 +97,9 @@ class Stepper:
         """(group, its rows) of each group that has any; as the last time, when media are."""
         if self._told[0] != tuple(media):
             of_rows = torch.tensor([self._groups[medium] for medium in media])
-            rows = [(g, (of_rows == g).nonzero()[:, 0].to(device)) for g in of_rows.unique().tolist()]
+            rows = [
+                (g, (of_rows == g).nonzero()[:, 0].to(device)) for g in of_rows.unique().tolist()
+            ]
             self._told = tuple(media), rows
         return self._told[1]
 

@@ -152,9 +152,7 @@ class Decoder(nn.Module):
             cache.commit(layout)
         return self.norm(x_BTD)
 
-    def logits(
-        self, hidden: torch.Tensor, ids: torch.Tensor | slice | None = None
-    ) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor | slice | None = None) -> torch.Tensor:
         """Scores (..., V) of the next id, or (..., n) of candidate `ids` (n,); at least float32.
 
         A slice of ids copies no weights.

@@ -22,7 +22,9 @@ def test_steps_equal_a_whole_pass(make_model, router) -> None:
         expected = model(ids, **columns)
         cache, step = model.new_cache(), Stepper.of(model)
         model(ids[:, :START], **{n: c[:, :START] for n, c in columns.items()}, cache=cache)
-        bias = torch.zeros(document.shape, dtype=torch.float64).masked_fill(document < 0, -torch.inf)
+        bias = torch.zeros(document.shape, dtype=torch.float64).masked_fill(
+            document < 0, -torch.inf
+        )
         for place in range(START, ids.shape[1]):
             seen = bias[:, None, None, : place + 1]
             media = modality[:, place].tolist()
