@@ -8,8 +8,9 @@ Legend: B rows, n rows of a group, D width, G key-value heads, Q queries of each
 E experts, C experts per id, F hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +37,21 @@ MODEL_OPTIONS = {
     "vocabulary",
 }
 GROUP_OPTIONS = {"modalities", "num_experts", "num_active", "router", "noisy"}
+LONG = 8  # steps after which weights are packed; most headers are shorter
+MOST_PACKED = 2**30  # bytes of weights, which packing doubles
+LARGE = 2**18  # numbers of a weight that is worth it
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Stepper:
     """The layers of a decoder, for one clean id of each row."""
 
     def __init__(self, model: Decoder) -> None:
-        self._config, self._embedding = model.config, model.embedding
+        self._model, self._config, self._embedding = model, model.config, model.embedding
         exact = torch.promote_types(model.embedding.dtype, torch.float32)
-        self._layers = [_Layer.of(layer, exact) for layer in model.layers]  # type: ignore[arg-type] # ModuleList forgets the class
+        self._layers = self._read(num_rows=0)
+        self._steps = 0
         self._norm = model.norm.scale.to(exact)
         self._groups: list[int] = model.groups[0].tolist()
         on_cpu = model.embedding.device.type == "cpu"
@@ -78,6 +85,9 @@ class Stepper:
         `attention_dtype`, 0 where the row sees the slot (its own is the last), else -inf; None
         where all rows see all.
         """
+        self._steps += 1
+        if self._steps == LONG and self._worth_packing(len(ids)):
+            self._layers = self._read(num_rows=len(ids))
         groups = self._sort(media, ids.device)
         x_BD = F.embedding(ids, self._embedding)
         rotary = Rotary.at(position[:, None], self._config, x_BD.dtype)
@@ -92,6 +102,25 @@ class Stepper:
             for (_, rows), part in zip(groups, parts, strict=True):
                 x_BD = x_BD.index_copy(0, rows, part)
         return _norm(x_BD, self._norm)
+
+    def _read(self, *, num_rows: int) -> list["_Layer"]:
+        """num_rows: pack weights for so many rows at a time; 0: leave them as they are."""
+        exact = torch.promote_types(self._embedding.dtype, torch.float32)
+        return [_Layer.of(layer, exact, num_rows) for layer in self._model.layers]  # type: ignore[arg-type] # ModuleList forgets the class
+
+    def _worth_packing(self, num_rows: int) -> bool:
+        """On CPUs, few rows by large matrices take half the time or less with packed weights.
+
+        One row in float32 reads the weights once, packed or not.
+        """
+        weight, mkldnn = self._embedding, torch.ops.mkldnn
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        low = weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
+        if not (low or (weight.dtype == torch.float32 and num_rows > 1)):
+            return False
+        size = sum(p.numel() for p in self._model.layers.parameters()) * weight.itemsize
+        return size <= MOST_PACKED
 
     def _sort(self, media: Sequence[int], device: torch.device) -> list[tuple[int, torch.Tensor]]:
         """(group, its rows) of each group that has any; as the last time, when media are."""
@@ -112,7 +141,7 @@ class Stepper:
         sin: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        y = F.linear(_norm(x_BD, layer.attention_norm), layer.project_in)
+        y = layer.project_in(_norm(x_BD, layer.attention_norm))
         y_BGHW = y.view(len(y), -1, len(layer.head_scale) + 1, layer.head_scale.shape[1])
         turned = y_BGHW[:, :, :-1].to(cos.dtype)  # queries, and the key behind them
         turned = torch.rms_norm(turned, turned.shape[-1:], None, EPS) * layer.head_scale
@@ -124,18 +153,18 @@ class Stepper:
         out = F.scaled_dot_product_attention(
             *(part.to(self.attention_dtype) for part in (q, k, v)), attn_mask=bias
         )
-        return torch.addmm(x_BD, out.reshape(x_BD.shape).to(y.dtype), layer.project_out.T)
+        return x_BD + layer.project_out(out.reshape(x_BD.shape).to(y.dtype))
 
 
 class _Hard(NamedTuple):
     """A group of one expert."""
 
-    gate_up: torch.Tensor  # (D, 2 F)
-    down: torch.Tensor  # (F, D)
+    gate_up: Product  # D -> 2 F
+    down: Product
 
     def add(self, x_nD: torch.Tensor, low_nD: torch.Tensor) -> torch.Tensor:
         """x, and what the experts make of its norm."""
-        return torch.addmm(x_nD, _inner(low_nD @ self.gate_up), self.down)
+        return x_nD + self.down(_inner(self.gate_up(low_nD)))
 
 
 class _Choice(NamedTuple):
@@ -146,6 +175,7 @@ class _Choice(NamedTuple):
     router: torch.Tensor
     balance: torch.Tensor
     num_active: int
+    products: list[tuple[Product, Product]]  # those of each expert
 
     def add(self, x_nD: torch.Tensor, low_nD: torch.Tensor) -> torch.Tensor:
         """x, and what the experts make of its norm."""
@@ -156,7 +186,8 @@ class _Choice(NamedTuple):
             total_nD = self.every(low_nD, gates_nE.scatter_(1, chosen_nC, gates_nC))
         else:
             for expert, rows, ranks in _by_expert(chosen_nC.tolist()):
-                y = _inner(low_nD[rows] @ self.gate_up[expert]) @ self.down[expert]
+                gate_up, down = self.products[expert]
+                y = down(_inner(gate_up(low_nD[rows])))
                 total_nD.index_add_(0, torch.tensor(rows), y * gates_nC[rows, ranks, None])
         return x_nD + total_nD.to(x_nD.dtype)
 
@@ -174,33 +205,46 @@ class _Choice(NamedTuple):
 
 class _Layer(NamedTuple):
     attention_norm: torch.Tensor
-    project_in: torch.Tensor
+    project_in: Product
     head_scale: torch.Tensor  # (Q + 1, W): of QK-norms
-    project_out: torch.Tensor
+    project_out: Product
     expert_norm: torch.Tensor
     groups: list[_Hard | _Choice]
 
     @classmethod
-    def of(cls, layer: Layer, exact: torch.dtype) -> "_Layer":
+    def of(cls, layer: Layer, exact: torch.dtype, num_rows: int) -> "_Layer":
         attention: Attention = layer.attention
         queries = attention.query_norm.scale.expand(attention.num_queries, -1)
         return cls(
             layer.attention_norm.scale.to(exact),
-            attention.project_in,
+            _product(attention.project_in, num_rows),
             torch.cat((queries, attention.key_norm.scale[None])).to(exact),
-            attention.project_out,
+            _product(attention.project_out, num_rows),
             layer.expert_norm.scale.to(exact),
-            [_group(experts, exact) for experts in layer.experts.experts()],
+            [_group(experts, exact, num_rows) for experts in layer.experts.experts()],
         )
 
 
-def _group(experts: Experts, exact: torch.dtype) -> _Hard | _Choice:
+def _group(experts: Experts, exact: torch.dtype, num_rows: int) -> _Hard | _Choice:
     bank: Bank = experts.bank
     gate_up = bank.gate_up.flatten(2)
+    products = [
+        (_product(first.T, num_rows), _product(second.T, num_rows))
+        for first, second in zip(gate_up, bank.down, strict=True)
+    ]
     if experts.router is None:
-        return _Hard(gate_up[0], bank.down[0])
+        return _Hard(*products[0])
     router, balance = experts.router.to(exact), experts.balance.to(exact)
-    return _Choice(gate_up, bank.down, router, balance, experts.num_active)
+    return _Choice(gate_up, bank.down, router, balance, experts.num_active, products)
+
+
+def _product(weight: torch.Tensor, num_rows: int) -> Product:
+    """Of rows (n, in) with a weight (out, in)."""
+    if not num_rows or weight.numel() < LARGE:
+        return partial(F.linear, weight=weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), num_rows)
+    multiply = torch.ops.mkldnn._linear_pointwise  # what PyTorch's compiler packs weights for
+    return lambda x: multiply(x, packed, None, "none", [], "")
 
 
 def _norm(x_BD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
