@@ -67,6 +67,7 @@ CASES = (
         new=256,
         medium=Modality.IMAGE,
     ),
+    Case(name="512 wide", model=dense(expert_hidden=1408, **SMALL), prompt=16, new=64),
     Case(name="512 wide", model=dense(expert_hidden=1408, **SMALL), prompt=256, new=64),
     Case(
         name="4 of 16 experts",

@@ -85,7 +85,7 @@ class Prefix:
 
     @torch.inference_mode()
     def push(self, ids: torch.Tensor, media: Sequence[int], live: Sequence[bool]) -> None:
-        """Commit an id (samples,) to both branches where `live`, which like media is on the host."""
+        """Commit an id (samples,) to both branches where `live`; media and live are on the host."""
         if self._step is None:
             modality, on = (torch.tensor(x, device=self.device) for x in (media, live))
             self.append(ids[:, None], modality[:, None], on)

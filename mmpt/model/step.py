@@ -40,6 +40,7 @@ GROUP_OPTIONS = {"modalities", "num_experts", "num_active", "router", "noisy"}
 LONG = 8  # steps after which weights are packed; most headers are shorter
 MOST_PACKED = 2**30  # bytes of weights, which packing doubles
 LARGE = 2**18  # numbers of a weight that is worth it
+SMALL = 2**21  # numbers in all experts of a group that are read as fast as some are found
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -181,7 +182,7 @@ class _Choice(NamedTuple):
         """x, and what the experts make of its norm."""
         chosen_nC, gates_nC = self.route(low_nD)
         total_nD = torch.zeros_like(x_nD, dtype=gates_nC.dtype)
-        if x_nD.device.type != "cpu":
+        if x_nD.device.type != "cpu" or self.gate_up.numel() <= SMALL:
             gates_nE = total_nD.new_zeros(len(x_nD), len(self.router[0]))
             total_nD = self.every(low_nD, gates_nE.scatter_(1, chosen_nC, gates_nC))
         else:
@@ -198,7 +199,7 @@ class _Choice(NamedTuple):
         return chosen_nC, scores_nE.gather(1, chosen_nC) * (2 / self.num_active)
 
     def every(self, low_nD: torch.Tensor, gates_nE: torch.Tensor) -> torch.Tensor:
-        """All experts on all rows: no host sync, and fewer reads than copies of chosen weights."""
+        """All experts on all rows: no host sync, three products, and no copies of weights."""
         y_EnD = _inner(low_nD @ self.gate_up) @ self.down
         return torch.einsum("end,ne->nd", y_EnD.to(gates_nE.dtype), gates_nE)
 

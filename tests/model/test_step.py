@@ -1,16 +1,21 @@
 """One id at a time over a cache: what the decoder gives, for any mix of groups and pads."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
+import pytest
 import torch
 
+from mmpt.model import step as steps
 from mmpt.model.step import GROUP_OPTIONS, Stepper, _Choice, _known
 
 START = 4  # ids of a row that one pass commits
 
 
-def test_steps_equal_a_whole_pass(make_model, router) -> None:
-    """Rows of mixed media, of which one is padded on the left."""
+@pytest.mark.parametrize("small", [0, steps.SMALL])
+def test_steps_equal_a_whole_pass(make_model, router, small, monkeypatch) -> None:
+    """Rows of mixed media, of which one is padded on the left; experts one by one, or all."""
+    monkeypatch.setattr(steps, "SMALL", small)
     model, generator = make_model(router), torch.Generator().manual_seed(3)
     ids, modality = (torch.randint(0, n, (4, 8), generator=generator) for n in (20, 4))
     modality[:, -1] = modality[0, -1]  # the last ids are of one group
@@ -32,7 +37,7 @@ def test_steps_equal_a_whole_pass(make_model, router) -> None:
             torch.testing.assert_close(hidden, expected[:, place], rtol=0, atol=1e-10)
 
 
-def test_all_experts_on_all_rows_are_the_chosen_ones(make_model) -> None:
+def test_all_experts_on_all_rows_are_the_chosen_ones(make_model, monkeypatch) -> None:
     model = make_model("shared", noisy=False)
     choice = Stepper(model)._layers[0].groups[0]
     assert isinstance(choice, _Choice)
@@ -40,7 +45,26 @@ def test_all_experts_on_all_rows_are_the_chosen_ones(make_model) -> None:
     with torch.inference_mode():
         chosen, gates = choice.route(x)
         every = torch.zeros(5, 3, dtype=x.dtype).scatter_(1, chosen, gates)
+        monkeypatch.setattr(steps, "SMALL", 0)
         torch.testing.assert_close(x + choice.every(x, every), choice.add(x, x))
+
+
+def test_packed_weights_give_the_same(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "SMALL", 0)
+    monkeypatch.setattr(steps, "LARGE", 0)
+    model, ids = make_model("shared", noisy=False).float(), torch.tensor([3, 5, 7])
+    hidden = []
+    for long in (0, 1):  # never, and from the first step on
+        monkeypatch.setattr(steps, "LONG", long)
+        with torch.inference_mode():
+            cache, step = model.new_cache(), Stepper.of(model)
+            for place in range(3):
+                position = torch.full_like(ids, place)
+                out = step(ids + place, [0, 0, 0], position, cache, None)
+        hidden.append(out)
+        packed = not isinstance(step._layers[0].project_in, partial)
+        assert packed == (long and torch.backends.mkldnn.is_available())
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_with_an_option_that_steps_do_not_know_has_none(make_model) -> None:
