@@ -25,6 +25,7 @@ CASES = (
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BUDGET", 0.0)
     monkeypatch.setattr(harness, "REPETITIONS", 3)
+    monkeypatch.setattr(decode, "CACHES", decode.CACHES[:2])
     monkeypatch.setattr(decode, "NUM_TEXT", 50)
     monkeypatch.setattr(decode, "NUM_CODES", 40)
 
