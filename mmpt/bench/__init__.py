@@ -9,14 +9,16 @@ from mmpt.config import UserError
 BENCHMARKS = {
     "codecs": "mmpt.bench.codecs:codecs",
     "data": "mmpt.bench.data:data",
+    "decode": "mmpt.bench.decode:decode",
+    "moe": "mmpt.bench.moe:moe",
     "streams": "mmpt.bench.streams:streams",
     "train": "mmpt.bench.train:train",
 }
 
 
 def bench(name: str, *, device: str = "cpu") -> dict[str, Any]:
-    """Measure NAME beside its peers or limits, in one run on this machine: codecs, data, streams
-    or train.
+    """Measure NAME beside its peers or limits, in one run on this machine: codecs, data, decode,
+    moe, streams or train.
 
     A row's ratio above 1 means that ours is better; outputs are shown equal before anything is
     timed, and peers run at their fastest settings. codecs: needs pip install 'mmpt[test]'. data:

@@ -7,6 +7,7 @@ Legend: B rows (samples, then their unconditional branches), T ids, D width.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from operator import is_not
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.decode.axes import Axes
-from mmpt.decode.sampling import Grammar, Sampling, Shapes, draw, guide, uniforms
+from mmpt.decode.sampling import Grammar, Sampling, Shapes, guide, uniforms
+from mmpt.model.layout import Layout
+from mmpt.model.step import Stepper
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import Modality, Vocabulary
 
@@ -55,6 +58,9 @@ class Prefix:
         self.device = model.embedding.device
         self.cache = model.new_cache()
         self._axes = [Axes(vocabulary) for _ in rows] if model.config.rope == "3d" else []
+        self._step = Stepper.of(model)
+        self._bias: torch.Tensor | None = None  # (rows, slots): -inf at pads; None without any
+        self._chosen: _Hull | None = None
         self._begin(rows, vocabulary)
 
     def _begin(self, rows: list[np.ndarray], vocabulary: Vocabulary) -> None:
@@ -66,18 +72,52 @@ class Prefix:
             ids[row, place], live[row, place] = prompt, True
             modality[row, place] = Grammar(vocabulary).read(prompt)
         self.length = torch.zeros(shape[0], dtype=torch.int64, device=self.device)
-        self.last = torch.zeros_like(self.length)
-        self._commit(*(torch.from_numpy(a).to(self.device) for a in (ids, modality, live)))
+        self.last, self._clean = self.length, torch.full_like(self.length, -1)[:, None]
+        self._commit(
+            *(torch.from_numpy(a).to(self.device) for a in (ids, modality, live)),
+            whole=bool(live.all()),
+        )
 
     def append(self, ids: torch.Tensor, modality: torch.Tensor, live: torch.Tensor) -> None:
         """Commit ids and media (samples, T) to both branches, where `live` (samples,)."""
         parts = (ids, modality, live[:, None].expand_as(ids))
         if self.guided:
             parts = tuple(torch.cat((part, part)) for part in parts)
-        self._commit(*parts)
+        self._commit(*parts, whole=bool(live.all()))
 
-    @torch.no_grad()
-    def _commit(self, ids: torch.Tensor, modality: torch.Tensor, live: torch.Tensor) -> None:
+    @torch.inference_mode()
+    def push(self, ids: torch.Tensor, media: Sequence[int], live: Sequence[bool]) -> None:
+        """Commit an id (samples,) to both branches where `live`; media and live are on the host."""
+        if self._step is None:
+            modality, on = (torch.tensor(x, device=self.device) for x in (media, live))
+            self.append(ids[:, None], modality[:, None], on)
+            return
+        if self.guided:
+            ids, media, live = torch.cat((ids, ids)), [*media, *media], [*live, *live]
+        on = torch.tensor(live, device=self.device)
+        self._remember(on[:, None], whole=all(live))
+        bias = None if self._bias is None else self._bias[:, None, None]
+        self.hidden = self._step(ids, media, self.length, self.cache, bias)
+        position = self.length[:, None]
+        self.cache.commit(Layout(on[:, None].long() - 1, position, self._clean, position))
+        self.length = self.length + on
+        self.last = torch.where(on, ids, self.last)
+
+    def _remember(self, live: torch.Tensor, *, whole: bool) -> None:
+        """Which of the new slots (rows, T) steps will see."""
+        if self._step is None or (whole and self._bias is None):
+            return
+        bias = torch.zeros(live.shape, dtype=self._step.attention_dtype, device=self.device)
+        bias = bias.masked_fill(~live, -torch.inf)
+        if self._bias is None:
+            self._bias = bias.new_zeros(len(bias), len(self.cache))
+        self._bias = torch.cat((self._bias, bias), dim=1)
+
+    @torch.inference_mode()
+    def _commit(
+        self, ids: torch.Tensor, modality: torch.Tensor, live: torch.Tensor, *, whole: bool
+    ) -> None:
+        self._remember(live, whole=whole)
         position = self.length[:, None] + live.cumsum(1) - 1
         self.hidden = self.model(
             ids,
@@ -108,12 +148,12 @@ class Prefix:
         places = [[axes.last, *axes.ahead(length)] for axes in self._axes]
         return torch.tensor(places, device=self.device)
 
-    @torch.no_grad()
-    def scores(self, candidates: torch.Tensor | None = None) -> torch.Tensor:
+    @torch.inference_mode()
+    def scores(self, candidates: torch.Tensor | slice | None = None) -> torch.Tensor:
         """Guided scores (samples, V) of the next id, among `candidates` ids (V,) or all."""
-        return self._guided(self.model.logits(self.hidden, candidates))
+        return self._guided(self._logits(self.hidden, candidates))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def block_scores(
         self, codes: torch.Tensor, modality: Modality, candidates: torch.Tensor, *, time: float
     ) -> torch.Tensor:
@@ -140,13 +180,38 @@ class Prefix:
             cache=self.cache,
             append=False,
         )
-        return self._guided(self.model.logits(hidden[:, :-1], candidates))
+        return self._guided(self._logits(hidden[:, :-1], candidates))
+
+    def _logits(
+        self, hidden: torch.Tensor, candidates: torch.Tensor | slice | None
+    ) -> torch.Tensor:
+        if not isinstance(candidates, torch.Tensor):
+            return self.model.logits(hidden, candidates)
+        if self._chosen is None or self._chosen.ids is not candidates:
+            self._chosen = _Hull.of(candidates)
+        logits = self.model.logits(hidden, self._chosen.hull)
+        within = self._chosen.within
+        return logits if within is None else logits.index_select(-1, within)
 
     def _guided(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.guided:
             return logits
         conditional, unconditional = logits.chunk(2)
         return guide(conditional, unconditional, self.guidance)
+
+
+class _Hull(NamedTuple):
+    """Candidates, and the slice of ids that they lie in: their weights need not be copied."""
+
+    ids: torch.Tensor
+    hull: slice
+    within: torch.Tensor | None  # where in it they are; None where they are all of it
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> "_Hull":
+        first, last = ids[[0, -1]].tolist()
+        hull = slice(first, last + 1)
+        return cls(ids, hull, ids - first if last + 1 - first > len(ids) else None)
 
 
 def generate_block(
@@ -165,19 +230,21 @@ def generate_block(
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
     uniform = uniforms(generators, length, prefix.device)
-    live = torch.ones(len(prompts), dtype=torch.bool, device=prefix.device)
-    ids = torch.zeros(len(prompts), length, dtype=torch.int64, device=prefix.device)
-    book = codebook_of(vocabulary, modality, candidates)
+    book, num_books = (
+        codebook_of(vocabulary, modality, candidates),
+        vocabulary.num_codebooks(modality),
+    )
     places = torch.tensor([g.place for g in grammars[: len(prompts)]], device=prefix.device)
+    ids: list[torch.Tensor] = []
     for step in range(length):
-        wanted = (places + step) % vocabulary.num_codebooks(modality)
-        scores = prefix.scores(candidates).masked_fill(book != wanted[:, None], -torch.inf)
-        p = sampling.probabilities(scores)
-        ids[:, step] = candidates[draw(p, uniform[:, step])]
-        if step + 1 < length:
-            token = ids[:, step : step + 1]
-            prefix.append(token, torch.full_like(token, modality), live)
-    return list(ids.cpu().numpy())
+        if ids:
+            prefix.push(ids[-1], [modality] * len(prompts), [True] * len(prompts))
+        scores = prefix.scores(candidates)
+        if num_books > 1:
+            wanted = (places + step) % num_books
+            scores = scores.masked_fill(book != wanted[:, None], -torch.inf)
+        ids.append(candidates[sampling.choose(scores, uniform[:, step])])
+    return list(torch.stack(ids, dim=1).cpu().numpy())
 
 
 class Step(NamedTuple):
@@ -247,43 +314,78 @@ def generate_steps(
                 f"max_ids is {max_ids}"
             )
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
-    live = np.array([max_ids > 0 and not grammar.ended for grammar in grammars])
+    choices = _Choices(prefix.device)
+    live = [max_ids > 0 and not grammar.ended for grammar in grammars]
     for step in range(max_ids):
-        if not live.any():
+        if not any(live):
             return
-        tokens = _next_ids(prefix, grammars, live, max_ids - step, sampling, generators)
-        modality = [
+        masks = [g.candidates(max_ids - step) for g, on in zip(grammars, live, strict=True) if on]
+        new = _next_ids(prefix, choices.of(masks), live, sampling, generators)
+        tokens = new.tolist()
+        media = [
             grammar.push(token) if on else None
             for grammar, token, on in zip(grammars, tokens, live, strict=True)
         ]
-        yield Step([t if on else None for t, on in zip(tokens, live, strict=True)], modality)
+        yield Step([t if on else None for t, on in zip(tokens, live, strict=True)], media)
         for index, grammar in enumerate(grammars):
             # remaining == prod(sizes) only between the header and the first code
-            headed = stop == "header" and grammar.in_codes and modality[index] == Modality.TEXT
-            live[index] &= not (grammar.ended or headed)
-        if live.any():
-            new = torch.tensor([tokens, [m or 0 for m in modality]], device=prefix.device)
-            on = torch.from_numpy(live.copy()).to(prefix.device)
-            prefix.append(new[0, :, None], new[1, :, None], on)
+            headed = stop == "header" and grammar.in_codes and media[index] == Modality.TEXT
+            live[index] = live[index] and not (grammar.ended or headed)
+        if any(live):
+            prefix.push(new, [medium or 0 for medium in media], live)
 
 
+class _Choice(NamedTuple):
+    """Between which ids all that may come next lie, and which of those may not (samples, V)."""
+
+    hull: slice
+    forbidden: torch.Tensor | None
+
+
+class _Choices:
+    """What grammars allow, on the device; they mostly allow the same as a step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._masks: list[np.ndarray] = []
+        self._choice = _Choice(slice(None), None)
+
+    def of(self, masks: list[np.ndarray]) -> _Choice:
+        """masks: bool (vocabulary,) of each sample that goes on."""
+        if len(masks) != len(self._masks) or any(map(is_not, masks, self._masks)):
+            self._masks, self._choice = masks, self._plan(masks)
+        return self._choice
+
+    def _plan(self, masks: list[np.ndarray]) -> _Choice:
+        stack = np.stack(masks)
+        allowed = np.flatnonzero(stack.any(0))
+        hull = slice(int(allowed[0]), int(allowed[-1]) + 1)
+        forbidden = ~stack[:, hull]
+        return _Choice(
+            hull, torch.from_numpy(forbidden).to(self._device) if forbidden.any() else None
+        )
+
+
+@torch.inference_mode()
 def _next_ids(
     prefix: Prefix,
-    grammars: Sequence[Grammar],
-    live: np.ndarray,
-    room: int,
+    choice: _Choice,
+    live: Sequence[bool],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
-) -> list[int]:
+) -> torch.Tensor:
+    """int64 (samples,); 0 where a sample does not go on."""
     # only samples that go on draw: the generators of the others stay as they are
-    on = live.nonzero()[0].tolist()
-    masks = np.stack([grammars[i].candidates(room) for i in on])
-    logits = prefix.scores()[on]
-    logits = logits.masked_fill(~torch.from_numpy(masks).to(prefix.device), -torch.inf)
-    uniform = uniforms([generators[i] for i in on], 1, prefix.device)[:, 0]
-    tokens = np.zeros(len(live), dtype=np.int64)
-    tokens[on] = draw(sampling.probabilities(logits), uniform).cpu().numpy()
-    return tokens.tolist()
+    uniform = uniforms([g for g, on in zip(generators, live, strict=True) if on], 1, prefix.device)
+    rows = None if all(live) else torch.tensor(live).nonzero()[:, 0].to(prefix.device)
+    logits = prefix.scores(choice.hull)
+    logits = logits if rows is None else logits[rows]
+    if choice.forbidden is not None:
+        logits = logits.masked_fill(choice.forbidden, -torch.inf)
+    new = sampling.choose(logits, uniform[:, 0]) + choice.hull.start
+    if rows is None:
+        return new
+    return torch.zeros(len(live), dtype=new.dtype, device=new.device).index_copy(0, rows, new)
 
 
 def candidate_ids(vocabulary: Vocabulary, modality: Modality, device: torch.device) -> torch.Tensor:

@@ -56,6 +56,12 @@ class Sampling:
             p = p / p.sum(-1, keepdim=True)
         return p
 
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Indices (...) into logits (..., V), drawn at `uniform` (...)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return draw(self.probabilities(logits), uniform)
+
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance on scores: u + s (c - u)."""
@@ -67,19 +73,18 @@ def uniforms(
 ) -> torch.Tensor:
     """float64 (samples, count) in [0, 1), row i from generator i."""
     rows = [
-        torch.rand(count, generator=g, dtype=torch.float64, device=g.device).to(device)
-        for g in generators
+        torch.rand(count, generator=g, dtype=torch.float64, device=g.device) for g in generators
     ]
-    return torch.stack(rows)
+    return torch.stack(rows).to(device)
 
 
 def draw(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Indices (...) into probabilities (..., V): the inverse of their sum at `uniform` (...)."""
     total = p.cumsum(-1)
-    index = torch.searchsorted(total, uniform[..., None] * total[..., -1:], right=True)[..., 0]
-    # a uniform next to 1 may round up to the end: take the last candidate that has probability
-    last = p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)
+    end = total[..., -1:].contiguous()
+    index = torch.searchsorted(total, uniform[..., None] * end, right=True)
+    # a uniform next to 1 may round up to the end: take the candidate that brings the sum there
+    return torch.minimum(index, torch.searchsorted(total, end))[..., 0]
 
 
 class Grammar:
@@ -108,6 +113,7 @@ class Grammar:
         self._text = np.zeros(len(vocabulary), dtype=bool)
         self._text[: vocabulary.num_text] = Modality.TEXT in allow
         self._text[self._end_of_document] = True
+        self._outside: dict[tuple[Modality, ...], np.ndarray] = {}  # by the media that may begin
 
     @property
     def in_codes(self) -> bool:
@@ -169,14 +175,15 @@ class Grammar:
         """bool (len(vocabulary),): what may come next when at most `room` more ids fit.
 
         A span is begun only if it can be completed; an open one may outgrow `room` only when its
-        header was given.
+        header was given. Not to be written to: the same answer is often the same array.
         """
         if self.open is None:
-            mask = self._text.copy()
-            for modality in self._allow:
-                if any(self._fitting(modality, [], room - 1)):
-                    mask[self.vocabulary.structure_id(BEGIN[modality])] = True
-            return mask
+            media = tuple(m for m in self._allow if any(self._fitting(m, [], room - 1)))
+            if media not in self._outside:
+                begins = [self.vocabulary.structure_id(BEGIN[modality]) for modality in media]
+                self._outside[media] = self._text.copy()
+                self._outside[media][begins] = True
+            return self._outside[media]
         if self.remaining:
             return self.vocabulary.allowed_at(self.open, self.place)
         mask = np.zeros(len(self.vocabulary), dtype=bool)

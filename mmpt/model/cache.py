@@ -17,51 +17,64 @@ if TYPE_CHECKING:
 
 
 class LayerCache:
-    """One layer's keys and values (B, K, S, W), in buffers that double when they are full."""
+    """One layer's keys and values, in a buffer (B, K, 2, S, W) that doubles when it is full."""
 
     def __init__(self) -> None:
         self.append = True
         self._length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Past keys and values, and behind them those of the new ids, kept if `append`."""
+        """Past keys and values (B, K, S, W), and behind them the new ones, kept if `append`."""
         if not self.append:
-            return self._join(self._keys, k), self._join(self._values, v)
-        stop = self._length + k.shape[2]
-        self._keys, self._values = (
-            self._write(buffer, new, stop) for buffer, new in ((self._keys, k), (self._values, v))
-        )
+            return self._join(0, k), self._join(1, v)
+        start, stop = self._length, self._length + k.shape[2]
+        slots = self._with_room(k, stop)
+        slots[:, :, 0, start:stop], slots[:, :, 1, start:stop] = k.detach(), v.detach()
         self._length = stop
-        return self._keys[:, :, :stop], self._values[:, :, :stop]
+        return slots[:, :, 0, :stop], slots[:, :, 1, :stop]
 
-    def _join(self, buffer: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-        if buffer is None:
+    def push(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep one more key and value (B, K, W) of each row; returns all, as `extend` does."""
+        slots = self._with_room(k, self._length + 1)
+        torch.stack((k, v), dim=2, out=slots.select(3, self._length))
+        self._length += 1
+        keys, values = slots.narrow(3, 0, self._length).unbind(2)
+        return keys, values
+
+    def _join(self, which: int, new: torch.Tensor) -> torch.Tensor:
+        if self._slots is None:
             return new
-        return torch.cat((buffer[:, :, : self._length].to(new.dtype), new), dim=2)
+        return torch.cat((self._slots[:, :, which, : self._length].to(new.dtype), new), dim=2)
 
-    def _write(self, buffer: torch.Tensor | None, new: torch.Tensor, stop: int) -> torch.Tensor:
-        new = new.detach()
-        if buffer is None or stop > buffer.shape[2]:
-            size = stop if buffer is None else 2 * stop  # exact at first: a prompt may be all
-            grown = new.new_zeros(*new.shape[:2], size, new.shape[3])
-            if buffer is not None:
-                grown[:, :, : self._length] = buffer[:, :, : self._length]
-            buffer = grown
-        buffer[:, :, self._length : stop] = new
-        return buffer
+    def _with_room(self, new: torch.Tensor, stop: int) -> torch.Tensor:
+        slots = self._slots
+        if slots is None or stop > slots.shape[3]:
+            size = stop if slots is None else 2 * stop  # exact at first: a prompt may be all
+            grown = new.new_zeros(*new.shape[:2], 2, size, new.shape[-1])
+            if slots is not None:
+                grown[:, :, :, : self._length] = slots[:, :, :, : self._length]
+            self._slots = slots = grown
+        return slots
 
 
 class KVCache:
-    """All layers' keys and values, and the layout of their slots (None while empty)."""
+    """All layers' keys and values, and the layout of their slots."""
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(num_layers)]
-        self.layout: Layout | None = None
+        self._layouts: list[Layout] = []  # of each commit, joined when somebody asks
+        self._length = 0
 
     def __len__(self) -> int:
-        return 0 if self.layout is None else self.layout.document.shape[1]
+        return self._length
+
+    @property
+    def layout(self) -> "Layout | None":
+        """Of all slots; None while there are none."""
+        if len(self._layouts) > 1:
+            self._layouts = [self._layouts[0].cat(*self._layouts[1:])]
+        return self._layouts[0] if self._layouts else None
 
     def begin(self, *, append: bool) -> None:
         """Say whether the pass that starts now commits its ids or only reads."""
@@ -70,4 +83,5 @@ class KVCache:
 
     def commit(self, layout: "Layout") -> None:
         """Record the layout of ids whose keys the layers have just appended."""
-        self.layout = layout if self.layout is None else self.layout.cat(layout)
+        self._layouts.append(layout)
+        self._length += layout.document.shape[1]

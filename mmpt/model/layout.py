@@ -30,10 +30,10 @@ class Layout:
         """The plain causal layout of committed ids."""
         return cls(document, position, torch.full_like(position, -1), position)
 
-    def cat(self, other: "Layout") -> "Layout":
-        """This layout, followed by another along the row."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Layout(*(torch.cat(pair, dim=1) for pair in pairs))
+    def cat(self, *others: "Layout") -> "Layout":
+        """This layout, followed by others along the row."""
+        parts = ([getattr(each, f.name) for each in (self, *others)] for f in fields(self))
+        return Layout(*(torch.cat(part, dim=1) for part in parts))
 
 
 def sees(

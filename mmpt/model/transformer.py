@@ -181,10 +181,15 @@ class Decoder(nn.Module):
             cache.commit(layout)
         return self.norm(x_BTD)
 
-    def logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores (..., V) of the next id, or (..., n) of candidate `ids` (n,); at least float32."""
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor | slice | None = None) -> torch.Tensor:
+        """Scores (..., V) of the next id, or (..., n) of candidate `ids` (n,); at least float32.
+
+        A slice of ids copies no weights.
+        """
         weight = self.embedding if self.head is None else self.head
-        scores = F.linear(hidden, weight if ids is None else weight.index_select(0, ids))
+        if ids is not None:
+            weight = weight[ids] if isinstance(ids, slice) else weight.index_select(0, ids)
+        scores = F.linear(hidden, weight)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def axes_of(self, rows: Rows) -> torch.Tensor | None:

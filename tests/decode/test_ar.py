@@ -5,6 +5,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.decode.ar import Prefix, generate, generate_block, generate_steps
 from mmpt.decode.sampling import Sampling
+from mmpt.model.step import Stepper
 from mmpt.stream import StreamBuilder, parse
 from mmpt.vocab import Modality
 
@@ -172,3 +173,22 @@ def test_an_open_span_that_cannot_be_completed_is_refused(
         generate(make_model(), vocabulary, prompts, max_ids=6, **options)
     (ids,) = generate(make_model(), vocabulary, prompts, max_ids=7, **options)
     assert ids[-1] == vocabulary.structure_id("<eoi>")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_steps_write_what_the_decoder_alone_writes(
+    make_model, vocabulary, generators, monkeypatch, guidance
+):
+    model = make_model()
+    prompts = [np.array([vocabulary.structure_id("<bod>"), *range(n)]) for n in (1, 6, 3)]
+    options = {
+        "max_ids": 30,
+        "sampling": Sampling(temperature=4.0, guidance=guidance),
+        "shapes": {m: [shape] for m, shape in SHAPES.items()},
+        "unconditional": [np.array([vocabulary.structure_id("<bod>")])] * 3,
+    }
+    ours = generate(model, vocabulary, prompts, generators=generators(0, 1, 2), **options)
+    assert len({len(ids) for ids in ours}) > 1  # some stop before others
+    monkeypatch.setattr(Stepper, "of", lambda model: None)
+    plain = generate(model, vocabulary, prompts, generators=generators(0, 1, 2), **options)
+    assert [ids.tolist() for ids in ours] == [ids.tolist() for ids in plain]
