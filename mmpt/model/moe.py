@@ -305,8 +305,8 @@ class ModalityMoE(nn.Module):
         for name, group in config.ordered_groups.items():
             if name in self.groups:
                 continue
-            source = self.groups[name.removeprefix("noisy_")]
-            copy = self._build(config, name, group, lender).to(next(source.parameters()))
+            source: Experts = self.groups[name.removeprefix("noisy_")]  # type: ignore[assignment] # ModuleDict forgets the class
+            copy = self._build(config, name, group, lender).to(source.bank.down)
             tensors = source.state_dict()
             copy.load_state_dict(
                 {key: tensors.get(key, own) for key, own in copy.state_dict().items()}

@@ -217,6 +217,16 @@ def test_layers_share_experts_and_save_them_once(model_of, make_rows, tmp_path):
     assert all(p.grad is not None for n, p in model.named_parameters() if ".bank." in n)
 
 
+def test_a_layer_without_weights_of_its_own_grows_noisy_groups_too(model_of):
+    model = model_of(every=2)  # one expert and no router: the second layer borrows all it has
+    model.add_noisy_groups()
+    first, second = (layer.experts.groups["noisy_all"] for layer in model.layers)
+    clean = model.layers[0].experts.groups["all"].bank
+    assert second.bank is first.bank
+    assert first.bank is not clean
+    assert torch.equal(first.bank.down, clean.down)
+
+
 def test_plain_models_have_the_weights_they_always_had(make_config):
     names = set(Decoder(make_config()).state_dict())
     within = {name.split("groups.")[1] for name in names if "groups." in name}
