@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmpt.bench.harness import Comparison, Row, best_seconds, compare
+from mmpt.bench.harness import Comparison, Row, best_seconds, compare, run_rows
 from mmpt.config import UserError
 from mmpt.tokenizers.base import codec_names, load_codec
 from mmpt.tokenizers.codebooks import nearest_centre
@@ -36,11 +36,7 @@ MAX_GIB = 4.0  # what a training step of IBQ may take
 
 def codecs(device: str) -> list[Row]:
     """All rows, on a device."""
-    rows = []
-    for row in _rows(device):
-        log.info("%-42s %9.4g %9.4g %-11s %.2fx", row.case, row.ours, row.peer, row.unit, row.ratio)
-        rows.append(row)
-    return rows
+    return run_rows(_rows(device))
 
 
 def _rows(device: str) -> Iterator[Row]:

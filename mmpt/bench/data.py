@@ -5,7 +5,6 @@ they give is compared before they are timed. Ours checks and counts every sample
 """
 
 import hashlib
-import logging
 import shutil
 import tempfile
 from collections import Counter, deque
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmpt import hub
-from mmpt.bench.harness import Comparison, Row, compare
+from mmpt.bench.harness import Comparison, Row, compare, run_rows
 from mmpt.bench.readers import (
     Reader,
     documents_of,
@@ -45,8 +44,6 @@ from mmpt.train.pretrain import pretrainer
 from mmpt.train.recipe import TrainRecipe, fit_model
 from mmpt.vocab import Modality, Vocabulary
 
-log = logging.getLogger(__name__)
-
 PAIRS = 600  # pictures with their names
 DOCUMENTS = 4000  # of the token shard
 BATCHES = 32  # that are timed together, for packers work in bursts
@@ -62,12 +59,7 @@ READ = (10_000, 10_000_000)  # documents before a resume
 def data(device: str) -> list[Row]:
     """All rows; on `device` a model trains, to see how long it waits for rows."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for row in _rows(Path(folder), device):
-            form = "%-36s %10.4g %10.4g %-12s %.2fx  %s"
-            log.info(form, row.case, row.ours, row.peer, row.unit, row.ratio, row.peer_name)
-            rows.append(row)
-    return rows
+        return run_rows(_rows(Path(folder), device))
 
 
 def _rows(folder: Path, device: str) -> Iterator[Row]:

@@ -8,7 +8,6 @@ Ids outside of the medium that is written score zero, which is never the best, f
 no grammar.
 """
 
-import logging
 import timeit
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from mmpt.bench.harness import Row, compare
+from mmpt.bench.harness import Row, compare, run_rows
 from mmpt.bench.olmoe import shape
 from mmpt.config import UserError
 from mmpt.decode.ar import generate, generate_block
@@ -26,8 +25,6 @@ from mmpt.decode.sampling import Sampling
 from mmpt.model.config import GroupConfig, ModelConfig
 from mmpt.model.transformer import Decoder, Layer
 from mmpt.vocab import BEGIN, Modality, Vocabulary
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES = (1, 16)
@@ -81,11 +78,7 @@ CASES = (
 
 def decode(device: str) -> list[Row]:
     """All rows, on a device."""
-    rows = []
-    for row in _rows(device):
-        log.info("%-60s %9.4g %9.4g %-6s %.3fx", row.case, row.ours, row.peer, row.unit, row.ratio)
-        rows.append(row)
-    return rows
+    return run_rows(_rows(device))
 
 
 def _rows(device: str) -> Iterator[Row]:

@@ -1,11 +1,12 @@
 """How two things are compared fairly on a machine that is busy with others."""
 
 import dataclasses
+import logging
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from mmpt.config import UserError
+
+log = logging.getLogger(__name__)
 
 REPETITIONS = 9  # at least
 BUDGET = 0.6  # seconds for more of them, where they are short
@@ -53,6 +56,16 @@ class Row:
         """For JSON, to five digits."""
         values = dataclasses.asdict(self).items()
         return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values}
+
+
+def run_rows(rows: Iterable[Row]) -> list[Row]:
+    """All rows, each told of on stderr as soon as it is measured."""
+    gathered = []
+    for row in rows:
+        numbers = row.ours, row.peer, row.unit, row.ratio, row.peer_name
+        log.info("%-60s %10.4g %10.4g %-12s %6.3fx  %s", row.case, *numbers)
+        gathered.append(row)
+    return gathered
 
 
 @dataclass(frozen=True)

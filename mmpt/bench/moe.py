@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mmpt.bench.harness import Row, best_seconds, compare
+from mmpt.bench.harness import Row, best_seconds, compare, run_rows
 from mmpt.bench.olmoe import shape
 from mmpt.config import UserError
 from mmpt.model.config import GroupConfig, ModelConfig
@@ -67,11 +67,7 @@ MEDIA = (Shape(width=1024, hidden=1024, experts=3, active=1, ids=4096),)
 
 def moe(device: str) -> list[Row]:
     """All rows, on a device."""
-    rows = []
-    for row in _rows(device):
-        log.info("%-60s %9.4g %9.4g %-8s %.3fx", row.case, row.ours, row.peer, row.unit, row.ratio)
-        rows.append(row)
-    return rows
+    return run_rows(_rows(device))
 
 
 def _rows(device: str) -> Iterator[Row]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmpt import hub
 from mmpt.bench.data import bench_vocabulary, token_config
-from mmpt.bench.harness import PARTS, REPETITIONS, Row, compare
+from mmpt.bench.harness import PARTS, REPETITIONS, Row, compare, run_rows
 from mmpt.bench.olmoe import BareLoop, equal_shape, olmoe, same_size, shape
 from mmpt.config import load_recipe
 from mmpt.data.loader import DataConfig, Loader, SourceConfig
@@ -71,14 +71,8 @@ STILL = OptimConfig(lr=1e-6, warmup=0, schedule="constant")
 
 def train(device: str) -> list[Row]:
     """All rows, on a device."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in _rows(Path(folder), device):
-            log.info(
-                "%-52s %9.4g %9.4g %-9s %.3fx", row.case, row.ours, row.peer, row.unit, row.ratio
-            )
-            rows.append(row)
-    return rows
+        return run_rows(_rows(Path(folder), device))
 
 
 def _rows(folder: Path, device: str) -> Iterator[Row]:

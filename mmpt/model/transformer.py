@@ -31,6 +31,7 @@ from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig, Router
 from mmpt.model.dispatch import Dispatch, group_table
 from mmpt.model.float8 import Linear
+from mmpt.model.initialise import initialise, initialise_low_rank
 from mmpt.model.layout import Layout
 from mmpt.model.moe import Experts, ModalityMoE
 from mmpt.model.rotary import Rotary, axes_of
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
 
         Every rank draws each weight whole, one after another, and keeps its part.
         """
-        _initialise(self, torch.Generator().manual_seed(seed))
+        initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(
         self,
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
             layer.experts.grow(self.config, None if lender is None else lender.experts)
             if self.config.noisy_rank:
                 layer.attention.add_noisy(self.config.noisy_rank)
-                _initialise_low_rank(layer.attention, generator)
+                initialise_low_rank(layer.attention, generator)
         self.groups = group_table(self.config).to(self.groups.device)
 
     def freeze_for_adaptation(self) -> list[nn.Parameter]:
@@ -441,53 +442,6 @@ def _layout(
         return Layout.clean(document, position)
     assert limit is not None, "noisy ids need the limit of what they see"
     return Layout(document, position, block, limit)
-
-
-@torch.no_grad()
-def _initialise(model: Decoder, generator: torch.Generator) -> None:
-    # Normal, 1/sqrt(fan in); what writes to the stream is divided by sqrt(2 x layers), so that the
-    # stream does not grow with depth (GPT-2). Routers start small, so that gates start near 1 / C.
-    config = model.config
-    model.groups.copy_(group_table(config))
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.scale.fill_(1)
-        for buffer in module.buffers(recurse=False) if isinstance(module, Experts) else ():
-            buffer.zero_()
-    deep = (2 * config.num_layers) ** -0.5
-    _normal(model.embedding, 0.02, generator)
-    if model.head is not None:
-        _normal(model.head, config.width**-0.5, generator)
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
-        _normal(layer.attention.project_in, config.width**-0.5, generator)
-        _normal(layer.attention.project_out, deep * config.width_of_heads**-0.5, generator)
-        if layer.attention.bias_in is not None:
-            layer.attention.bias_in.zero_()
-        if layer.attention.head_gate is not None:
-            _normal(layer.attention.head_gate, config.width**-0.5, generator)
-        _initialise_low_rank(layer.attention, generator)
-        for experts in layer.experts.experts():
-            for bank in experts.banks():
-                _normal(bank.gate_up, config.width**-0.5, generator)
-                _normal(bank.down, deep * bank.down.shape[1] ** -0.5, generator)
-            if experts.router is not None:
-                _normal(experts.router, 0.1 * config.width**-0.5, generator)
-            if experts.auxiliary is not None:
-                _normal(experts.auxiliary.inner, config.width**-0.5, generator)
-                experts.auxiliary.outer.zero_()
-
-
-@torch.no_grad()
-def _initialise_low_rank(attention: Attention, generator: torch.Generator) -> None:
-    for low_rank in (attention.noisy_in, attention.noisy_out):
-        if low_rank is not None:
-            _normal(low_rank.down, low_rank.down.shape[1] ** -0.5, generator)
-            low_rank.up.zero_()
-
-
-def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    fill(weight, torch.randn(weight.shape, generator=generator) * std)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, int]:
