@@ -194,6 +194,13 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path, run, another):
     assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have such products")
+def test_fp8_is_refused_before_data_is_read_where_there_is_none(tmp_path, run, another):
+    with pytest.raises(UserError, match="fp8 needs a GPU"):
+        run(tmp_path / "run", another(precision="fp8"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, recipe, poisoned):
     trainer = poisoned(recipe, tmp_path / "run", bad={2})
     trainer.step()
