@@ -18,7 +18,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
-from mmpt.decode.dida import denoise_passes
+from mmpt.decode.denoise import denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.model.transformer import Decoder

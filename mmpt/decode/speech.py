@@ -9,7 +9,7 @@ import torch
 
 from mmpt.data.layout import speech_span
 from mmpt.decode.ar import generate, generate_block
-from mmpt.decode.dida import denoise_block
+from mmpt.decode.denoise import denoise_block
 from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import BEGIN, END, Modality, Vocabulary

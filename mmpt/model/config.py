@@ -155,6 +155,25 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """What a model was adapted to denoise; see `mmpt.decode.noise`."""
+
+    path: Literal["mixture", "masked", "metric"] = "mixture"
+    metric_scale: float = 3.0  # c of the metric path
+    metric_power: float = 0.9  # its exponent
+    max_block: int = 0  # ids of the longest block that was denoised in training; 0: not known
+    text_block: int = 0  # ids of a block of text; 0: text is not denoised
+
+    def __post_init__(self) -> None:
+        for name in ("metric_scale", "metric_power"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"noise.{name} = {getattr(self, name)}; use more than 0")
+        for name in ("max_block", "text_block"):
+            if getattr(self, name) < 0:
+                raise UserError(f"noise.{name} = {getattr(self, name)}; use at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder; the defaults are the tiny one that trains on a laptop."""
 
@@ -175,6 +194,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = True
     noisy_rank: int = 16  # rank of the low-rank attention weights of noisy ids; 0: none
+    noise: NoiseConfig = field(default_factory=NoiseConfig)  # of adapted models
     groups: dict[str, GroupConfig] = field(default_factory=default_groups)
     expert_share_every: int = 1  # adjacent layers that have one set of experts, each its own router
     vocabulary: str = ""  # fingerprint of the vocabulary that the ids come from

@@ -35,6 +35,7 @@ MODEL_OPTIONS = {
     "rope_base",
     "tie_embeddings",
     "noisy_rank",
+    "noise",
     "groups",
     "vocabulary",
 }

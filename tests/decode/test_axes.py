@@ -6,7 +6,7 @@ import torch
 
 from mmpt.decode.ar import Prefix, generate_block
 from mmpt.decode.axes import Axes
-from mmpt.decode.dida import denoise_block
+from mmpt.decode.denoise import denoise_block
 from mmpt.decode.sampling import Sampling
 from mmpt.model.rotary import axes_of
 from mmpt.stream import Rows

@@ -10,7 +10,8 @@ from mmpt.data.codes import count_codes, with_used_codes
 from mmpt.data.layout import write_segments
 from mmpt.data.tokens import EncodedDocument, ShardWriter, TokenShard
 from mmpt.decode.ar import generate_block
-from mmpt.decode.dida import corrupt, denoise_block, denoising_loss, joint_forward
+from mmpt.decode.denoise import denoise_block
+from mmpt.decode.dida import corrupt, denoising_loss, joint_forward
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.stream import Rows, Segment, StreamBuilder, parse
