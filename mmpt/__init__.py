@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmpt.edit import Edit
     from mmpt.parts import Audio, Image, Message, Text, Video
     from mmpt.pipeline import Pipeline
     from mmpt.results import Result
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Audio": "mmpt.parts",
+    "Edit": "mmpt.edit",
     "Image": "mmpt.parts",
     "Message": "mmpt.parts",
     "Text": "mmpt.parts",
@@ -22,7 +24,7 @@ _PUBLIC = {
     "Pipeline": "mmpt.pipeline",
     "Result": "mmpt.results",
 }
-__all__ = ["Audio", "Image", "Message", "Pipeline", "Result", "Text", "Video", "load"]
+__all__ = ["Audio", "Edit", "Image", "Message", "Pipeline", "Result", "Text", "Video", "load"]
 
 
 def load(path: str, *, device: str = "cpu") -> "Pipeline":

@@ -13,7 +13,7 @@ from einops import repeat
 from torch.nn import functional as F
 
 from mmpt.config import UserError
-from mmpt.parts import Audio, Image, Video
+from mmpt.parts import Audio, Image, Part, Video
 from mmpt.processor import Processor
 from mmpt.stream import Segment
 from mmpt.tokenizers.video import GROUP
@@ -93,6 +93,23 @@ class Edit:
         else:
             redo = F.adaptive_max_pool2d(redo[None], grid[-2:])[0]
         return segment, repeat((redo > 0).numpy(), "... n -> ... (n q)", q=books)
+
+
+def parse_edit(part: Part, redo: str) -> Edit:
+    """What `redo` says of a part: TOP,LEFT,HEIGHT,WIDTH in pixels, or START,STOP in seconds."""
+    try:
+        numbers = [float(number) for number in redo.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 4 and isinstance(part, Image | Video):
+        names = ("top", "left", "height", "width")
+        return Edit.box(part, **{n: int(x) for n, x in zip(names, numbers, strict=True)})
+    if len(numbers) == 2 and isinstance(part, Video | Audio):
+        return Edit.stretch(part, start=numbers[0], stop=numbers[1])
+    raise UserError(
+        f"{redo!r} names no region of {type(part).__name__}; use TOP,LEFT,HEIGHT,WIDTH in pixels of "
+        "a picture, START,STOP in seconds of a sound, either of a video"
+    )
 
 
 def _shape(part: Image | Video | Audio) -> tuple[int, ...]:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpt.config import UserError
+from mmpt.config import UserError, set_override
 from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
-from mmpt.decode.denoise import denoise_passes
+from mmpt.decode.denoise import Pass, denoise_block, denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
+from mmpt.decode.text import denoise_text
+from mmpt.edit import Edit, parse_edit
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import fingerprint
 from mmpt.parts import Part, Text, Video, load_part
@@ -30,7 +32,7 @@ from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Setti
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.video import GROUP
 from mmpt.train.checkpoint import find_model
-from mmpt.vocab import MEDIA, Modality
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 
 class TextWriter:
@@ -84,15 +86,17 @@ class Pipeline:
         *parts: Part | str,
         to: Medium | None = None,
         begin: Video | None = None,
+        edit: Edit | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Result:
         """Answer parts (a str is Text) with a part of medium `to`; without it, the model decides.
 
-        begin: a clip of 1 + 4 n frames that the answer continues. settings: the fields of
-        `Settings`. Raises UserError in one line for what cannot be done.
+        begin: a clip of 1 + 4 n frames that the answer continues. edit: a part of which a region is
+        made anew, by the parallel decoder. settings: the fields of `Settings`. Raises UserError in
+        one line for what cannot be done.
         """
-        *_, result = self.stream(*parts, to=to, begin=begin, seed=seed, **settings)
+        *_, result = self.stream(*parts, to=to, begin=begin, edit=edit, seed=seed, **settings)
         assert isinstance(result, Result)
         return result
 
@@ -116,13 +120,18 @@ class Pipeline:
         *parts: Part | str,
         to: Medium | None = None,
         begin: Video | None = None,
+        edit: Edit | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> Iterator[Event]:
         """As a call, but yields events while it works; the last one is the Result."""
-        chosen = _settings(settings)
         if begin is not None and to != "video":
             raise UserError("begin is a clip to continue; it needs to='video'")
+        if edit is not None:
+            settings = {"decoder": "dida", **settings}
+            yield from self._edit(self._segments(parts), edit, to, begin, seed, _settings(settings))
+            return
+        chosen = _settings(settings)
         if to is None:
             yield from self._continue(self._segments(parts), seed, chosen)
             return
@@ -162,10 +171,7 @@ class Pipeline:
         if modality == Modality.TEXT:
             yield from self._write_text(builders, free, seeds, generators, settings)
             return
-        if settings.decoder == "dida" and not any(
-            g.noisy for g in self.model.config.groups.values()
-        ):
-            raise UserError("this model was never adapted; run mmpt adapt, or use decoder='ar'")
+        self._check_adapted(settings)
         if modality == Modality.SPEECH:
             yield from self._speak(builders, free, seeds, generators, settings)
             return
@@ -184,6 +190,89 @@ class Pipeline:
         for builder in [*builders, *(free or [])]:
             builder.header(modality, shape)
         yield from self._fill(builders, free, modality, shape, given, seeds, generators, settings)
+
+    @torch.inference_mode()
+    def _edit(
+        self,
+        segments: list[Segment],
+        edit: Edit,
+        to: Medium | None,
+        begin: Video | None,
+        seed: int,
+        settings: Settings,
+    ) -> Iterator[Event]:
+        """The codes that are made anew, between those that are held."""
+        if settings.decoder != "dida" or begin is not None:
+            raise UserError("an edit needs decoder='dida', and no begin")
+        self._check_adapted(settings)
+        segment, redo = edit.encode(self.processor)
+        modality = segment.modality
+        if to not in (None, modality.name.lower()):
+            raise UserError(f"the edit is of {modality.name.lower()}; leave out to = {to!r}")
+        held = np.where(redo, -1, self.processor.vocabulary.ids_of(modality, segment.codes))
+        builder, generator = self._prompt(segments), torch.Generator().manual_seed(seed)
+        free = self._no_condition() if settings.guidance != 1 else None
+        if modality == Modality.SPEECH:
+            yield from self._edit_speech(builder, free, held, seed, generator, settings)
+            return
+        for each in (builder, free):
+            if each is not None:
+                each.header(modality, held.shape)
+        for event in self._fill(
+            [builder],
+            None if free is None else [free],
+            modality,
+            held.shape,
+            np.zeros((0, 1, 1), dtype=np.int64),
+            [seed],
+            [generator],
+            settings,
+            held=[held.reshape(-1)],
+        ):
+            yield event[0]
+
+    def _edit_speech(
+        self,
+        builder: StreamBuilder,
+        free: StreamBuilder | None,
+        held: np.ndarray,
+        seed: int,
+        generator: torch.Generator,
+        settings: Settings,
+    ) -> Iterator[Event]:
+        """Span by span; those behind a stretch are not seen by it."""
+        vocabulary, size = self.processor.vocabulary, speech_span(self.processor.vocabulary)
+        for span in np.split(held, range(size, len(held), size)):
+            both = [builder] if free is None else [builder, free]
+            prompts = [
+                np.concatenate([each.build().ids, _header(vocabulary, len(span))]) for each in both
+            ]
+            [ids] = denoise_block(
+                self.model,
+                vocabulary,
+                prompts[:1],
+                modality=Modality.SPEECH,
+                length=len(span),
+                sampling=_sampling(settings),
+                generators=[generator],
+                denoising=settings,
+                unconditional=prompts[1:] or None,
+                held=[span],
+            )
+            codes = vocabulary.codes_of(Modality.SPEECH, ids)
+            assert codes is not None  # decoders draw legal ids
+            for each in both:
+                each.media(Modality.SPEECH, codes)
+        ids = builder.build().ids
+        spans = [s for s in parse(ids, vocabulary) if s.modality == Modality.SPEECH]
+        parts = self.processor.decode_segments(spans[-(-len(held) // -size) :])
+        yield PartDone(parts[0])
+        yield self._result(parts, seed, settings, ids)
+
+    def _check_adapted(self, settings: Settings) -> None:
+        adapted = any(group.noisy for group in self.model.config.groups.values())
+        if settings.decoder == "dida" and not adapted:
+            raise UserError("this model was never adapted; run mmpt adapt, or use decoder='ar'")
 
     def _shape(self, modality: Modality, settings: Settings) -> tuple[int, ...]:
         codec = self.processor.media.get(modality)
@@ -212,6 +301,7 @@ class Pipeline:
         seeds: list[int],
         generators: list[torch.Generator],
         settings: Settings,
+        held: list[np.ndarray] | None = None,
     ) -> Iterator[list[Event]]:
         vocabulary = self.processor.vocabulary
         before = vocabulary.ids_of(modality, given.reshape(-1))
@@ -228,7 +318,7 @@ class Pipeline:
         else:
             codes = []
             for preview in denoise_passes(
-                self.model, vocabulary, prompts, num_passes=settings.num_passes, **options
+                self.model, vocabulary, prompts, denoising=settings, held=held, **options
             ):
                 codes = preview.codes
                 shown = self._finished(modality, shape, before, codes)
@@ -267,18 +357,24 @@ class Pipeline:
         vocabulary = self.processor.vocabulary
         prompts = [builder.build().ids for builder in builders]
         writers = [TextWriter(self.processor) for _ in prompts]
-        for step in generate_steps(
-            self.model,
-            vocabulary,
-            prompts,
-            max_ids=settings.max_ids,
-            sampling=_sampling(settings),
-            generators=generators,
-            allow=(Modality.TEXT,),
-            unconditional=None if free is None else [b.build().ids for b in free],
-        ):
-            pairs = zip(writers, step.ids, strict=True)
-            yield [TextDelta(writer.push(token)) for writer, token in pairs]
+        options = {
+            "max_ids": settings.max_ids,
+            "sampling": _sampling(settings),
+            "generators": generators,
+            "unconditional": None if free is None else [b.build().ids for b in free],
+        }
+        if settings.decoder == "dida":
+            steps = _blocks_of_text(
+                denoise_text(self.model, vocabulary, prompts, denoising=settings, **options)
+            )
+        else:
+            written = generate_steps(
+                self.model, vocabulary, prompts, allow=(Modality.TEXT,), **options
+            )
+            steps = ([[] if i is None else [i] for i in step.ids] for step in written)
+        for new in steps:
+            pairs = zip(writers, new, strict=True)
+            yield [TextDelta("".join(map(writer.push, ids))) for writer, ids in pairs]
         yield [TextDelta(writer.flush()) for writer in writers]
         parts = [Text(writer.text) for writer in writers]
         yield [PartDone(part) for part in parts]
@@ -306,7 +402,7 @@ class Pipeline:
                 self.processor.vocabulary,
                 builder.build().ids,
                 max_codes=max(1, round(settings.max_seconds * self._speech_rate())),
-                num_passes=settings.num_passes if settings.decoder == "dida" else None,
+                denoising=settings if settings.decoder == "dida" else None,
                 sampling=_sampling(settings),
                 generator=generator,
                 unconditional=None if free is None else free[row].build().ids,
@@ -387,12 +483,19 @@ def generate(
     width: int = 64,
     frames: int = 17,
     max_ids: int = 96,
+    setting: Sequence[str] = (),
+    edit: Path | None = None,
+    redo: str = "",
 ) -> dict[str, Any]:
     """Generate a part of medium `to` from PARTS: texts, or files such as cat.png and hello.wav.
 
-    MODEL is a model folder or a run. Text is printed; other media are saved at --out.
+    MODEL is a model folder or a run. Text is printed; other media are saved at --out. --setting:
+    others as key=value, such as sampler=maskgit. --edit: a file of which --redo is made anew:
+    TOP,LEFT,HEIGHT,WIDTH in pixels, or START,STOP in seconds.
     """
-    if out is None and to != "text":
+    if edit is None and redo:
+        raise UserError("--redo says what of a file is made anew; name it with --edit FILE")
+    if out is None and (to != "text" or edit is not None):
         raise UserError(f"the result will be {to}; say where to save it with --out FILE")
     settings = {
         "decoder": decoder,
@@ -404,8 +507,14 @@ def generate(
         "frames": frames,
         "max_ids": max_ids,
     }
+    settings |= _parse_settings(setting)
+    read = [_read_part(text) for text in parts]
+    changed = None if edit is None else parse_edit(load_part(edit), redo)
     pipeline = Pipeline.load(model)
-    result = pipeline(*[_read_part(text) for text in parts], to=to, seed=seed, **settings)
+    if changed is None:
+        result = pipeline(*read, to=to, seed=seed, **settings)
+    else:
+        result = pipeline(*read, edit=changed, seed=seed, **settings | {"decoder": "dida"})
     [part] = result
     if out is not None:
         part.save(out)
@@ -422,6 +531,14 @@ def _read_part(text: str) -> Part:
     return load_part(text) if is_file else Text(text)
 
 
+def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """key=value, with values as in recipes."""
+    table: dict[str, Any] = {}
+    for text in texts:
+        set_override(table, text)
+    return table
+
+
 def _settings(values: dict[str, Any]) -> Settings:
     unknown = set(values) - set(Settings.__dataclass_fields__)
     if unknown:
@@ -434,6 +551,25 @@ def _sampling(settings: Settings) -> Sampling:
     return Sampling(
         temperature=settings.temperature, top_p=settings.top_p, guidance=settings.guidance
     )
+
+
+def _blocks_of_text(passes: Iterator[Pass]) -> Iterator[list[list[int]]]:
+    """What each block commits to each sample."""
+    known: list[int] = []
+    last = None
+    for last in passes:
+        known = known or [0] * len(last.codes)
+        if last.committed != known:
+            pairs = zip(last.codes, known, last.committed, strict=True)
+            yield [ids[begin:end].tolist() for ids, begin, end in pairs]
+            known = last.committed
+    if last is not None:
+        yield [ids[n:].tolist() for ids, n in zip(last.codes, known, strict=True)]
+
+
+def _header(vocabulary: Vocabulary, length: int) -> np.ndarray:
+    """Ids that begin a span of speech."""
+    return StreamBuilder(vocabulary).header(Modality.SPEECH, (length,)).build().ids
 
 
 def _open(builders: list[StreamBuilder], before: np.ndarray) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.decode.samplers import Denoising
 from mmpt.parts import Part
 
 Medium = Literal["text", "image", "video", "speech"]
@@ -14,14 +15,16 @@ Method = Literal["ar", "dida"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to generate. Sizes in pixels and frames; `max_ids` bounds text and free continuation."""
+class Settings(Denoising):
+    """How to generate. Sizes in pixels and frames; `max_ids` bounds text and free continuation.
+
+    What parallel decoding alone needs is `Denoising`.
+    """
 
     decoder: Method = "ar"
     temperature: float = 1.0
     top_p: float = 0.95
     guidance: float = 1.0
-    num_passes: int = 8  # of parallel decoding, per block
     height: int = 64
     width: int = 64
     frames: int = 17
@@ -29,7 +32,8 @@ class Settings:
     max_ids: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "num_passes", "max_ids"):
+        super().__post_init__()
+        for name in ("height", "width", "frames", "max_ids"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}; use 1 or more")
         if self.max_seconds <= 0:
