@@ -13,6 +13,7 @@ Legend: B samples, N codes, V candidates, D width of their vectors.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,9 @@ class Metric(NoisePath):
         super().__init__(book_V)
         self.scale, self.power = config.metric_scale, config.metric_power
         self.vectors_VD = F.normalize(vectors_VD.float(), dim=-1)
+        small = len(book_V) ** 2 <= CHUNK
+        codes = torch.arange(len(book_V), device=book_V.device)
+        self._table_VV = self._measure(codes) if small else None
 
     def begin(self, book: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         return self.uniform(book, uniform)
@@ -130,16 +134,12 @@ class Metric(NoisePath):
     def corrupt(
         self, clean: torch.Tensor, time: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
-        flat, times = clean.flatten(), time.expand_as(clean).flatten().double()
-        sharpness = self._sharpness(times)
+        sharpness = self._sharpness(time.double()).expand(clean.shape)
         out = []
-        for code, b, u in zip(
-            *(x.split(self._rows) for x in (flat, sharpness, uniform[0].flatten())), strict=True
-        ):
-            # at time 1 nothing but the code itself is left
-            p = (-b[:, None].clamp(max=1e9) * self._distance(code)).softmax(-1)
-            out.append(draw(p, u))
-        return torch.cat(out).view_as(clean) if out else clean
+        for code, b, u in self._chunks(clean, sharpness, uniform[0]):
+            p = (-b[:, None] * self._distance(code)).softmax(-1)
+            out.append(draw(p.double(), u))
+        return torch.cat(out).view_as(clean)
 
     def jump(
         self,
@@ -153,32 +153,33 @@ class Metric(NoisePath):
             return guess
         begin, end = self._sharpness(torch.tensor([now, then], dtype=torch.float64)).tolist()
         out = []
-        for code, at, leaves, where in zip(
-            *(x.flatten().split(self._rows) for x in (guess, index, *uniform)), strict=True
-        ):
+        for code, at, leaves, where in self._chunks(guess, index, *uniform):
             # the increment of b instead of its slope times dt: it is finite at time 0, too
             distance = self._distance(code)
             closer = (distance.gather(1, at[:, None]) - distance).clamp(min=0)
-            closer = torch.where(distance.isinf(), 0.0, closer)
-            rate = (-begin * distance).softmax(-1) * (end - begin) * closer
-            total = rate.sum(-1)
-            jumps = leaves < -torch.expm1(-total)
-            safe = torch.where(total[:, None] > 0, rate, 1.0)
-            out.append(torch.where(jumps, draw(safe, where), at))
+            rate = ((-begin * distance).softmax(-1) * (end - begin) * closer).double()
+            jumps = leaves < -torch.expm1(-rate.sum(-1))
+            out.append(torch.where(jumps, draw(rate, where), at))
         return torch.cat(out).view_as(index)
 
-    @property
-    def _rows(self) -> int:
-        return max(1, CHUNK // len(self.book_V))
+    def _chunks(self, *each: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        rows = max(1, CHUNK // len(self.book_V))
+        return zip(*(x.flatten().split(rows) for x in each), strict=True)
 
     def _sharpness(self, time: torch.Tensor) -> torch.Tensor:
-        return self.scale * (time / (1 - time)) ** self.power
+        # never 0, which makes no number of the inf to other codebooks, and at time 1 only so large
+        # that nothing but the code itself is left
+        b = self.scale * (time / (1 - time)) ** self.power
+        return b.clamp(1e-30, 1e9).float()
 
     def _distance(self, code: torch.Tensor) -> torch.Tensor:
-        """float64 (n, V): squared distances from codes (n,); inf to other codebooks."""
-        cosine = self.vectors_VD[code] @ self.vectors_VD.T
-        other = self.book_V[code, None] != self.book_V
-        return (2 - 2 * cosine.double()).clamp(min=0).masked_fill(other, torch.inf)
+        return self._measure(code) if self._table_VV is None else self._table_VV[code]
+
+    def _measure(self, code: torch.Tensor) -> torch.Tensor:
+        """float32 (n, V): squared distances from codes (n,); inf to other codebooks."""
+        distance = 2 - 2 * self.vectors_VD[code] @ self.vectors_VD.T
+        distance = distance.clamp(min=0).scatter(1, code[:, None], 0.0)
+        return distance.masked_fill(self.book_V[code, None] != self.book_V, torch.inf)
 
 
 def make_path(
