@@ -15,6 +15,7 @@ Legend: B samples, N codes, V candidates, D width of their vectors.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from mmpt.decode.ar import candidate_ids, codebook_of
 from mmpt.decode.sampling import draw
 from mmpt.model.config import NoiseConfig
 from mmpt.model.transformer import Decoder
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 CHUNK = 1 << 22  # distances that are held at once
 
@@ -196,6 +197,16 @@ def make_path(
     return Masked(book_V) if config.path == "masked" else Mixture(book_V)
 
 
+class Noisy(NamedTuple):
+    """Corrupted codes: the ids that are shown, and bool, whether the clean ones are to be guessed.
+
+    On the masked path only those that are masked are; ids of no code that is used never are.
+    """
+
+    shown: torch.Tensor
+    hidden: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Alphabet:
     """What the noisy codes of a medium may be: ids, and the path on which they become noise."""
@@ -208,12 +219,48 @@ class Alphabet:
     @classmethod
     def of(cls, model: Decoder, vocabulary: Vocabulary, modality: Modality) -> "Alphabet":
         """That of the used codes, on the model's device, by the path of `model.config.noise`."""
-        ids_V = candidate_ids(vocabulary, modality, model.embedding.device)
-        book_V = codebook_of(vocabulary, modality, ids_V)
+        vectors, config = model.embedding.detach(), model.config.noise
+        return cls.over(vocabulary, modality, config, vectors, device=vectors.device)
+
+    @classmethod
+    def over(
+        cls,
+        vocabulary: Vocabulary,
+        modality: Modality,
+        config: NoiseConfig,
+        vectors: torch.Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> "Alphabet":
+        """vectors: (vocabulary, D) of all ids, which the metric path needs."""
+        ids_V = denoised_ids(vocabulary, modality, torch.device(device))
+        text = modality == Modality.TEXT
+        book_V = torch.zeros_like(ids_V) if text else codebook_of(vocabulary, modality, ids_V)
         masked = ids_V.new_tensor([vocabulary.structure_id("<null>")])
-        path = make_path(model.config.noise, book_V, model.embedding.detach()[ids_V])
+        path = make_path(config, book_V, None if vectors is None else vectors[ids_V])
         return cls(ids_V, torch.cat((ids_V, masked)), book_V, path)
 
     def index(self, ids: torch.Tensor) -> torch.Tensor:
         """Indices of ids that are all in the alphabet; same shape."""
         return torch.searchsorted(self.ids_V, ids)
+
+    def corrupt(self, ids: torch.Tensor, time: torch.Tensor, uniform: torch.Tensor) -> Noisy:
+        """Clean ids (..., N) at times (..., N), see `NoisePath.corrupt`; others than ours stay."""
+        index = self.index(ids).clamp(max=len(self.ids_V) - 1)
+        noisy = self.path.corrupt(index, time, uniform)
+        known = self.ids_V[index] == ids
+        hidden = known & (noisy == self.path.mask) if isinstance(self.path, Masked) else known
+        return Noisy(torch.where(known, self.shown[noisy], ids), hidden)
+
+
+def denoised_media(vocabulary: Vocabulary, config: NoiseConfig) -> list[Modality]:
+    """What is denoised: all media, and text where it has blocks."""
+    text = [Modality.TEXT] if config.text_block else []
+    return text + [modality for modality in MEDIA if vocabulary.has(modality)]
+
+
+def denoised_ids(vocabulary: Vocabulary, modality: Modality, device: torch.device) -> torch.Tensor:
+    """int64 (V,), ascending: what the codes of a block may be; of text its plain ids only."""
+    if modality == Modality.TEXT:
+        return torch.arange(vocabulary.num_text, device=device)
+    return candidate_ids(vocabulary, modality, device)

@@ -21,7 +21,7 @@ def uniform(*shape, seed=0):
 def marginal(name, clean, time):
     """p_t (6,) of a code; the last place is the mask."""
     own = torch.eye(6, dtype=torch.float64)[clean]
-    same = torch.cat((BOOK == BOOK[clean], torch.tensor([False])))
+    same = torch.cat((BOOK[clean] == BOOK, torch.tensor([False])))
     if name == "masked":
         return time * own + (1 - time) * torch.eye(6, dtype=torch.float64)[5]
     if name == "mixture":
