@@ -1,28 +1,30 @@
 """DiDA: media blocks decoded in parallel by discrete diffusion (Emu3.5, arXiv 2510.26583).
 
-A *block* is an image, one latent frame of a video, or a span of speech. Its noisy copy is a slot
-and N codes. The slot is a copy of the id before the block, so that the shift of an autoregressive
-model is kept: the output at the slot or at a code is about the code behind it; the last output is
-unused. Noisy ids see the clean ids up to and including the one that the slot copies, and their own
-block both ways; clean ids see clean ids only. Noise replaces codes by uniform ones (the mixture
-path of discrete flow matching, arXiv 2407.15595): at time t from 0 (noise) to 1 (clean) each code
-is kept with probability t, and nothing marks which ones were.
+A *block* is an image, one latent frame of a video, a span of speech or a few ids of text. Its noisy
+copy is a slot and N codes. The slot is a copy of the id before the block, so that the shift of an
+autoregressive model is kept: the output at the slot or at a code is about the code behind it; the
+last output is unused. Noisy ids see the clean ids up to and including the one that the slot copies,
+and their own copy both ways; clean ids see clean ids only. How codes become noise, from time 1
+(clean) to 0, is the path's matter (`mmpt.decode.noise`). A block may have several copies at other
+times: they do not see each other.
 
 Legend: B batch, L clean ids of a row, M noisy ids of a row, N codes of a block, V candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from mmpt.decode.ar import candidate_ids, codebook_of
+from mmpt.decode.ar import codebook_of
+from mmpt.decode.noise import Alphabet, denoised_ids, denoised_media
+from mmpt.model.config import NoiseConfig
 from mmpt.model.rotary import axes_of
 from mmpt.model.transformer import Decoder
 from mmpt.stream import SPAN_COLUMNS, Rows
-from mmpt.vocab import MEDIA, Modality, Vocabulary
+from mmpt.vocab import Modality, Vocabulary
 
 
 @dataclass
@@ -63,33 +65,36 @@ def corrupt(
     *,
     generators: Sequence[torch.Generator],
     max_noisy: int,
+    copies: int = 1,
+    noise: NoiseConfig | None = None,
+    alphabets: Mapping[Modality, Alphabet] | None = None,
 ) -> JointRows:
-    """Lay noisy copies of the rows' media blocks behind them, at most `max_noisy` ids a row.
+    """Lay noisy copies of the rows' blocks behind them, at most `max_noisy` ids a row.
 
-    Blocks are chosen at random where not all fit; each has its own time. Blocks whose codes carry
-    no loss weight are conditions and get no copy. Rows are on the host; each has its generator, so
-    that its noise does not depend on the other rows.
+    Blocks are chosen at random where not all fit. Each has up to `copies` copies, one in each equal
+    part of time; on the masked path they are pairs that mask what the other one shows. Blocks whose
+    codes carry no loss weight are conditions and get no copy. alphabets: by medium, those of
+    `noise` unless given. Rows are on the host; each has its generator, so that its noise does not
+    depend on the other rows. noise: the mixture path unless given.
     """
-    chosen = [
-        _choose(blocks, max_noisy, generator)
-        for blocks, generator in zip(_blocks(rows), generators, strict=True)
+    noise = noise or NoiseConfig()
+    if alphabets is None:
+        media = denoised_media(vocabulary, noise)
+        alphabets = {m: Alphabet.over(vocabulary, m, noise) for m in media}
+    blocks = _media_blocks(rows)
+    if noise.text_block:
+        phases = [torch.randint(noise.text_block, (1,), generator=g) for g in generators]
+        plain = (rows.modality == Modality.TEXT) & (rows.ids < vocabulary.num_text)
+        text = _text_blocks(rows, plain, noise.text_block, torch.cat(phases))
+        blocks = torch.cat((blocks, text))
+    blocks = blocks[rows.loss_weight[blocks[:, 0], blocks[:, 1]] > 0]
+    blocks = blocks[(blocks[:, 0] * rows.ids.shape[1] + blocks[:, 1]).argsort()]
+    drawn = [
+        _draw(blocks[blocks[:, 0] == row], generator, max_noisy, copies, noise.path == "masked")
+        for row, generator in enumerate(generators)
     ]
-    # one at least, for the weights of noisy ids take part in every step, on every rank
-    num_noisy = max(1, *(sum(1 + block.length for block in blocks) for blocks in chosen))
-    size = rows.ids.shape
-    noisy = _empty(size[0], num_noisy)
-    candidates = {
-        m: candidates_by_book(vocabulary, m, rows.ids.device) for m in MEDIA if vocabulary.has(m)
-    }
-    axes = axes_of(rows)
-    for row, blocks in enumerate(chosen):
-        offset = 0
-        for number, block in enumerate(blocks):
-            place = slice(offset, offset + 1 + block.length)
-            books, generator = candidates[block.modality], generators[row]
-            _write(noisy, rows, row, place, number, block, books, generator)
-            noisy.axes[row, place] = axes[row, block.start - 1 : block.start + block.length]
-            offset = place.stop
+    size, axes = rows.ids.shape, axes_of(rows)
+    noisy = _noisy(rows, axes, drawn, alphabets, by_time=noise.path == "masked")
     clean = JointRows(
         rows.ids,
         rows.modality,
@@ -139,23 +144,21 @@ class BlockLoss(NamedTuple):
 def denoising_loss(
     model: Decoder, vocabulary: Vocabulary, joint: JointRows, hidden: torch.Tensor
 ) -> dict[Modality, BlockLoss]:
-    """Cross-entropy of every noisy position's clean code, among the used codes of its medium.
+    """Cross-entropy of the clean codes of noisy positions with weight, among the used ones.
 
-    All positions count alike, kept or not, and at every time (URSA, arXiv 2510.24717). The sums of
-    several batches or ranks may be added before dividing.
+    On the mixture and the metric path all positions count alike, kept or not, and at every time
+    (URSA, arXiv 2510.24717). The sums of several batches or ranks may be added before dividing.
     """
     out = {}
-    for modality in MEDIA:
-        if not vocabulary.has(modality):
-            continue
-        candidates = candidate_ids(vocabulary, modality, hidden.device)
+    for modality in denoised_media(vocabulary, model.config.noise):
+        candidates = denoised_ids(vocabulary, modality, hidden.device)
         index = torch.full((len(vocabulary) + 1,), -1, device=hidden.device)  # label -1: the last
         index[candidates] = torch.arange(len(candidates), device=hidden.device)
         label = index[joint.labels]
-        chosen = (joint.modality == modality) & (label >= 0)
+        chosen = (joint.modality == modality) & (label >= 0) & (joint.loss_weight > 0)
         logits, label = model.logits(hidden[chosen], candidates), label[chosen]
-        book = codebook_of(vocabulary, modality, candidates)
-        if vocabulary.num_codebooks(modality) > 1:  # a position has one codebook
+        if modality != Modality.TEXT and vocabulary.num_codebooks(modality) > 1:
+            book = codebook_of(vocabulary, modality, candidates)  # a position has one codebook
             logits = logits.masked_fill(book != book[label][:, None], -torch.inf)
         weight = joint.loss_weight[chosen].to(logits.dtype)
         nats = F.cross_entropy(logits, label, reduction="none")
@@ -164,40 +167,120 @@ def denoising_loss(
     return out
 
 
-def candidates_by_book(
-    vocabulary: Vocabulary, modality: Modality, device: torch.device
-) -> list[torch.Tensor]:
-    """The ids of a medium's used codes, int64 (V,) for each of its codebooks."""
-    ids = candidate_ids(vocabulary, modality, device)
-    book = codebook_of(vocabulary, modality, ids)
-    return [ids[book == index] for index in range(vocabulary.num_codebooks(modality))]
+class _Drawn(NamedTuple):
+    """Of one row: its C copies, in order of their blocks, and the noise of their M ids.
+
+    blocks: (C, 4), see `_media_blocks`. time: float64 (C,). partner: int64 (C,), the copy whose
+    noise is turned round; itself where there is none. uniform: float64 (2, M).
+    """
+
+    blocks: torch.Tensor
+    time: torch.Tensor
+    partner: torch.Tensor
+    uniform: torch.Tensor
 
 
-class _Block(NamedTuple):
-    start: int  # of the first code, in its row
-    length: int
-    modality: Modality
+def _media_blocks(rows: Rows) -> torch.Tensor:
+    """int64 (K, 4): row, start of the codes, length and medium of each block."""
+    columns = dict(zip(SPAN_COLUMNS, rows.spans.T, strict=True))
+    frames, length = columns["frames"], columns["height"] * columns["width"]
+    span = torch.arange(len(frames)).repeat_interleave(frames)
+    frame = torch.arange(len(span)) - (frames.cumsum(0) - frames)[span]
+    length = length[span]
+    start = columns["start"][span] + frame * length
+    return torch.stack((columns["row"][span], start, length, columns["modality"][span]), dim=1)
 
 
-def _blocks(rows: Rows) -> list[list[_Block]]:
-    out: list[list[_Block]] = [[] for _ in rows.ids]
-    for values in rows.spans.tolist():
-        span = dict(zip(SPAN_COLUMNS, values, strict=True))
-        length = span["height"] * span["width"]
-        for frame in range(span["frames"]):
-            block = _Block(span["start"] + frame * length, length, Modality(span["modality"]))
-            if rows.loss_weight[span["row"], block.start] > 0:
-                out[span["row"]].append(block)
-    return out
+def _text_blocks(rows: Rows, plain: torch.Tensor, size: int, phase: torch.Tensor) -> torch.Tensor:
+    """As `_media_blocks`, of runs of plain text (bool (B, L)), cut every `size` ids of a document.
+
+    phase: int64 (B,), where the cuts are: a prompt may end anywhere.
+    """
+    plain = plain & (rows.position > 0) & (rows.document >= 0)  # nothing stands before the first id
+    begins = (rows.position + phase[:, None]) % size == 0
+    begins[:, 1:] |= ~plain[:, :-1] | (rows.document[:, 1:] != rows.document[:, :-1])
+    begins[:, 0] = True
+    begins &= plain
+    length = torch.bincount(begins.flatten().cumsum(0)[plain.flatten()] - 1)
+    row, start = begins.nonzero().T
+    return torch.stack((row, start, length, torch.full_like(row, Modality.TEXT)), dim=1)
 
 
-def _choose(blocks: list[_Block], room: int, generator: torch.Generator) -> list[_Block]:
-    chosen = []
+def _draw(
+    blocks: torch.Tensor, generator: torch.Generator, room: int, copies: int, pairs: bool
+) -> _Drawn:
+    counts, sizes = torch.zeros(len(blocks), dtype=torch.int64), (1 + blocks[:, 2]).tolist()
     for index in torch.randperm(len(blocks), generator=generator).tolist():
-        if 1 + blocks[index].length <= room:
-            chosen.append(blocks[index])
-            room -= 1 + blocks[index].length
-    return sorted(chosen)
+        counts[index] = min(copies, room // sizes[index])
+        room -= int(counts[index]) * sizes[index]
+    block = torch.arange(len(blocks)).repeat_interleave(counts)
+    partner = torch.arange(len(block))
+    number, count = partner - (counts.cumsum(0) - counts)[block], counts[block]
+    uniform = torch.rand(len(block), generator=generator, dtype=torch.float64)
+    time = (number + uniform) / count
+    if pairs:
+        turned = 2 * number >= count
+        partner = torch.where(turned, partner + count - 1 - 2 * number, partner)
+        time = torch.where(turned, 1 - time[partner], time)
+    num_ids = int((1 + blocks[block, 2]).sum())
+    noise = torch.rand(2, num_ids, generator=generator, dtype=torch.float64)
+    return _Drawn(blocks[block], time, partner, noise)
+
+
+def _noisy(
+    rows: Rows,
+    axes: torch.Tensor,
+    drawn: Sequence[_Drawn],
+    alphabets: Mapping[Modality, Alphabet],
+    *,
+    by_time: bool,
+) -> JointRows:
+    # all ids of all copies at once, one after another: `copy` is whose each is, `place` where in
+    # it, 0 the slot; `source` and `target` are where it comes from and goes to, in all rows
+    row, start, length, modality = torch.cat([each.blocks for each in drawn]).T
+    numbers = torch.cat([torch.arange(len(each.time)) for each in drawn])
+    first = (1 + length).cumsum(0) - 1 - length
+    copy = torch.arange(len(length)).repeat_interleave(1 + length)
+    place = torch.arange(len(copy)) - first[copy]
+    source = (row * rows.ids.shape[1] + start - 1)[copy] + place
+    widths = [each.uniform.shape[1] for each in drawn]
+    # one at least, for the weights of noisy ids take part in every step, on every rank
+    out = _empty(len(drawn), max(1, *widths))
+    target = torch.cat(
+        [number * out.ids.shape[1] + torch.arange(width) for number, width in enumerate(widths)]
+    )
+    time = torch.cat([each.time for each in drawn])
+    partner = torch.cat([each.partner for each in drawn]) + torch.arange(len(numbers)) - numbers
+    uniform = torch.cat([each.uniform for each in drawn], dim=1)
+    turned = (partner != torch.arange(len(partner)))[copy]
+    uniform = torch.where(turned, 1 - uniform[:, first[partner][copy] + place], uniform)
+
+    ids, weight = rows.ids.flatten()[source], rows.loss_weight.flatten()[source]
+    shown, medium = ids.clone(), modality[copy]
+    for each, alphabet in alphabets.items():
+        chosen = (medium == each) & (place > 0)
+        noisy = alphabet.corrupt(ids[chosen], time[copy[chosen]], uniform[:, chosen])
+        shown[chosen] = noisy.shown
+        weight[chosen] = weight[chosen] * noisy.hidden
+    last = place == length[copy]
+    columns = {
+        "ids": shown,
+        "modality": medium,
+        "document": rows.document.flatten()[source],
+        "position": rows.position.flatten()[source],
+        "block": numbers[copy],
+        "limit": rows.position.flatten()[source - place],
+        "axes": axes.flatten(0, 1)[source],
+        "labels": ids.roll(-1).masked_fill(last, -1),
+        "loss_weight": weight.roll(-1).masked_fill(last, 0.0),
+        "time": time[copy].float(),
+    }
+    if by_time:  # of text the bound of the likelihood (arXiv 2406.07524), to one code a block
+        rate = torch.maximum(1 - columns["time"], 1 / length[copy])
+        columns["loss_weight"] /= torch.where(medium == Modality.TEXT, rate, 1.0)
+    for name, values in columns.items():
+        getattr(out, name).flatten(0, 1)[target] = values
+    return out
 
 
 def _empty(num_rows: int, num_noisy: int) -> JointRows:
@@ -211,39 +294,6 @@ def _empty(num_rows: int, num_noisy: int) -> JointRows:
         time=torch.zeros(shape),
         num_clean=0,
     )
-
-
-def _write(
-    out: JointRows,
-    rows: Rows,
-    row: int,
-    place: slice,
-    number: int,
-    block: _Block,
-    candidates: list[torch.Tensor],
-    generator: torch.Generator,
-) -> None:
-    # the slot and the noisy copy of one block, at `place` of the noisy part
-    source = slice(block.start - 1, block.start + block.length)
-    codes = rows.ids[row, block.start : source.stop]
-    time = torch.rand((), generator=generator)
-    noise = torch.empty_like(codes)
-    for index, book in enumerate(candidates):  # blocks begin with the first codebook
-        size = noise[index :: len(candidates)].shape
-        noise[index :: len(candidates)] = book[torch.randint(len(book), size, generator=generator)]
-    kept = torch.rand(codes.shape, generator=generator) < time
-    out.ids[row, place.start] = rows.ids[row, source.start]
-    out.ids[row, place.start + 1 : place.stop] = torch.where(kept, codes, noise)
-    out.modality[row, place] = block.modality
-    out.document[row, place] = rows.document[row, source]
-    out.position[row, place] = rows.position[row, source]
-    out.block[row, place] = number
-    out.limit[row, place] = rows.position[row, source.start]
-    out.labels[row, place.start : place.stop - 1] = codes
-    out.loss_weight[row, place.start : place.stop - 1] = rows.loss_weight[
-        row, block.start : source.stop
-    ]
-    out.time[row, place] = time
 
 
 def _cat(clean: JointRows, noisy: JointRows) -> JointRows:

@@ -13,7 +13,9 @@ Legend: B samples, N codes, V candidates, D width of their vectors.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from mmpt.decode.ar import candidate_ids, codebook_of
 from mmpt.decode.sampling import draw
 from mmpt.model.config import NoiseConfig
 from mmpt.model.transformer import Decoder
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import MEDIA, Modality, Vocabulary
 
 CHUNK = 1 << 22  # distances that are held at once
 
@@ -123,6 +125,9 @@ class Metric(NoisePath):
         super().__init__(book_V)
         self.scale, self.power = config.metric_scale, config.metric_power
         self.vectors_VD = F.normalize(vectors_VD.float(), dim=-1)
+        small = len(book_V) ** 2 <= CHUNK
+        codes = torch.arange(len(book_V), device=book_V.device)
+        self._table_VV = self._measure(codes) if small else None
 
     def begin(self, book: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         return self.uniform(book, uniform)
@@ -130,16 +135,12 @@ class Metric(NoisePath):
     def corrupt(
         self, clean: torch.Tensor, time: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
-        flat, times = clean.flatten(), time.expand_as(clean).flatten().double()
-        sharpness = self._sharpness(times)
+        sharpness = self._sharpness(time.double()).expand(clean.shape)
         out = []
-        for code, b, u in zip(
-            *(x.split(self._rows) for x in (flat, sharpness, uniform[0].flatten())), strict=True
-        ):
-            # at time 1 nothing but the code itself is left
-            p = (-b[:, None].clamp(max=1e9) * self._distance(code)).softmax(-1)
-            out.append(draw(p, u))
-        return torch.cat(out).view_as(clean) if out else clean
+        for code, b, u in self._chunks(clean, sharpness, uniform[0]):
+            p = (-b[:, None] * self._distance(code)).softmax(-1)
+            out.append(draw(p.double(), u))
+        return torch.cat(out).view_as(clean)
 
     def jump(
         self,
@@ -153,32 +154,33 @@ class Metric(NoisePath):
             return guess
         begin, end = self._sharpness(torch.tensor([now, then], dtype=torch.float64)).tolist()
         out = []
-        for code, at, leaves, where in zip(
-            *(x.flatten().split(self._rows) for x in (guess, index, *uniform)), strict=True
-        ):
+        for code, at, leaves, where in self._chunks(guess, index, *uniform):
             # the increment of b instead of its slope times dt: it is finite at time 0, too
             distance = self._distance(code)
             closer = (distance.gather(1, at[:, None]) - distance).clamp(min=0)
-            closer = torch.where(distance.isinf(), 0.0, closer)
-            rate = (-begin * distance).softmax(-1) * (end - begin) * closer
-            total = rate.sum(-1)
-            jumps = leaves < -torch.expm1(-total)
-            safe = torch.where(total[:, None] > 0, rate, 1.0)
-            out.append(torch.where(jumps, draw(safe, where), at))
+            rate = ((-begin * distance).softmax(-1) * (end - begin) * closer).double()
+            jumps = leaves < -torch.expm1(-rate.sum(-1))
+            out.append(torch.where(jumps, draw(rate, where), at))
         return torch.cat(out).view_as(index)
 
-    @property
-    def _rows(self) -> int:
-        return max(1, CHUNK // len(self.book_V))
+    def _chunks(self, *each: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        rows = max(1, CHUNK // len(self.book_V))
+        return zip(*(x.flatten().split(rows) for x in each), strict=True)
 
     def _sharpness(self, time: torch.Tensor) -> torch.Tensor:
-        return self.scale * (time / (1 - time)) ** self.power
+        # never 0, which makes no number of the inf to other codebooks, and at time 1 only so large
+        # that nothing but the code itself is left
+        b = self.scale * (time / (1 - time)) ** self.power
+        return b.clamp(1e-30, 1e9).float()
 
     def _distance(self, code: torch.Tensor) -> torch.Tensor:
-        """float64 (n, V): squared distances from codes (n,); inf to other codebooks."""
-        cosine = self.vectors_VD[code] @ self.vectors_VD.T
-        other = self.book_V[code, None] != self.book_V
-        return (2 - 2 * cosine.double()).clamp(min=0).masked_fill(other, torch.inf)
+        return self._measure(code) if self._table_VV is None else self._table_VV[code]
+
+    def _measure(self, code: torch.Tensor) -> torch.Tensor:
+        """float32 (n, V): squared distances from codes (n,); inf to other codebooks."""
+        distance = 2 - 2 * self.vectors_VD[code] @ self.vectors_VD.T
+        distance = distance.clamp(min=0).scatter(1, code[:, None], 0.0)
+        return distance.masked_fill(self.book_V[code, None] != self.book_V, torch.inf)
 
 
 def make_path(
@@ -195,6 +197,16 @@ def make_path(
     return Masked(book_V) if config.path == "masked" else Mixture(book_V)
 
 
+class Noisy(NamedTuple):
+    """Corrupted codes: the ids that are shown, and bool, whether the clean ones are to be guessed.
+
+    On the masked path only those that are masked are; ids of no code that is used never are.
+    """
+
+    shown: torch.Tensor
+    hidden: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Alphabet:
     """What the noisy codes of a medium may be: ids, and the path on which they become noise."""
@@ -207,12 +219,48 @@ class Alphabet:
     @classmethod
     def of(cls, model: Decoder, vocabulary: Vocabulary, modality: Modality) -> "Alphabet":
         """That of the used codes, on the model's device, by the path of `model.config.noise`."""
-        ids_V = candidate_ids(vocabulary, modality, model.embedding.device)
-        book_V = codebook_of(vocabulary, modality, ids_V)
+        vectors, config = model.embedding.detach(), model.config.noise
+        return cls.over(vocabulary, modality, config, vectors, device=vectors.device)
+
+    @classmethod
+    def over(
+        cls,
+        vocabulary: Vocabulary,
+        modality: Modality,
+        config: NoiseConfig,
+        vectors: torch.Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> "Alphabet":
+        """vectors: (vocabulary, D) of all ids, which the metric path needs."""
+        ids_V = denoised_ids(vocabulary, modality, torch.device(device))
+        text = modality == Modality.TEXT
+        book_V = torch.zeros_like(ids_V) if text else codebook_of(vocabulary, modality, ids_V)
         masked = ids_V.new_tensor([vocabulary.structure_id("<null>")])
-        path = make_path(model.config.noise, book_V, model.embedding.detach()[ids_V])
+        path = make_path(config, book_V, None if vectors is None else vectors[ids_V])
         return cls(ids_V, torch.cat((ids_V, masked)), book_V, path)
 
     def index(self, ids: torch.Tensor) -> torch.Tensor:
         """Indices of ids that are all in the alphabet; same shape."""
         return torch.searchsorted(self.ids_V, ids)
+
+    def corrupt(self, ids: torch.Tensor, time: torch.Tensor, uniform: torch.Tensor) -> Noisy:
+        """Clean ids (..., N) at times (..., N), see `NoisePath.corrupt`; others than ours stay."""
+        index = self.index(ids).clamp(max=len(self.ids_V) - 1)
+        noisy = self.path.corrupt(index, time, uniform)
+        known = self.ids_V[index] == ids
+        hidden = known & (noisy == self.path.mask) if isinstance(self.path, Masked) else known
+        return Noisy(torch.where(known, self.shown[noisy], ids), hidden)
+
+
+def denoised_media(vocabulary: Vocabulary, config: NoiseConfig) -> list[Modality]:
+    """What is denoised: all media, and text where it has blocks."""
+    text = [Modality.TEXT] if config.text_block else []
+    return text + [modality for modality in MEDIA if vocabulary.has(modality)]
+
+
+def denoised_ids(vocabulary: Vocabulary, modality: Modality, device: torch.device) -> torch.Tensor:
+    """int64 (V,), ascending: what the codes of a block may be; of text its plain ids only."""
+    if modality == Modality.TEXT:
+        return torch.arange(vocabulary.num_text, device=device)
+    return candidate_ids(vocabulary, modality, device)

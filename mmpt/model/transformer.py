@@ -28,7 +28,7 @@ from mmpt.model.backends import Attend, Backend, Causal, plan_attention
 from mmpt.model.bank import Bank
 from mmpt.model.cache import KVCache, LayerCache
 from mmpt.model.collectives import fill
-from mmpt.model.config import ModelConfig, Router
+from mmpt.model.config import ModelConfig, NoiseConfig, Router
 from mmpt.model.dispatch import Dispatch, group_table
 from mmpt.model.float8 import Linear
 from mmpt.model.initialise import initialise, initialise_low_rank
@@ -210,27 +210,34 @@ class Decoder(nn.Module):
         return KVCache(self.config.num_layers)
 
     def add_noisy_groups(
-        self, *, seed: int = 0, router: Router | None = None, capacity_slope: float = 0.0
+        self,
+        *,
+        seed: int = 0,
+        router: Router | None = None,
+        capacity_slope: float = 0.0,
+        noise: NoiseConfig | None = None,
     ) -> None:
-        """Grow the experts of noisy ids as copies of the clean ones, once per group with media.
+        """Grow the experts of noisy ids as copies of the clean ones, once per group.
 
-        Low-rank attention weights of `config.noisy_rank` come with them, zero at the start: a noisy
-        id is then computed exactly as a clean one. Nothing changes for clean ids, ever. router and
+        Those of text come with blocks of text in `noise`, which the config keeps. Low-rank
+        attention weights of `config.noisy_rank` come with them, zero at the start: a noisy id is
+        then computed exactly as a clean one. Nothing changes for clean ids, ever. router and
         capacity_slope: see `GroupConfig.for_noisy`; with another router experts are chosen anew.
         """
+        noise = noise or self.config.noise
+        left_out = () if noise.text_block else (Modality.TEXT.name.lower(),)
         grown = dict(self.config.groups)
         for name, group in self.config.groups.items():
-            media = tuple(m for m in group.modalities if m != Modality.TEXT.name.lower())
-            if media and not group.noisy and f"noisy_{name}" not in grown:
-                grown[f"noisy_{name}"] = group.for_noisy(media, router, capacity_slope)
-        if grown == self.config.groups:
-            return
-        self.config = replace(self.config, groups=grown)
+            media = tuple(m for m in group.modalities if m not in left_out)
+            if media and not group.noisy:
+                new = group.for_noisy(media, router, capacity_slope)
+                grown[f"noisy_{name}"] = replace(grown.get(f"noisy_{name}", new), modalities=media)
+        self.config = replace(self.config, groups=grown, noise=noise)
         generator = torch.Generator().manual_seed(seed)
         for number, layer in enumerate(self._layers()):
             lender = self._lender(number)
             layer.experts.grow(self.config, None if lender is None else lender.experts)
-            if self.config.noisy_rank:
+            if self.config.noisy_rank and layer.attention.noisy_in is None:
                 layer.attention.add_noisy(self.config.noisy_rank)
                 initialise_low_rank(layer.attention, generator)
         self.groups = group_table(self.config).to(self.groups.device)

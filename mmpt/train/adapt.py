@@ -7,22 +7,32 @@ another objective.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from mmpt.config import UserError
+from mmpt.data.layout import speech_span
+from mmpt.data.tokens import open_shards
 from mmpt.decode.dida import JointRows, corrupt, denoising_loss, joint_forward
+from mmpt.decode.noise import Alphabet, denoised_media
+from mmpt.model.config import NoiseConfig
 from mmpt.model.transformer import Decoder
+from mmpt.model.weights import read_tensors
 from mmpt.stream import Rows
 from mmpt.train.checkpoint import begun_with, checkpoints_of, find_model
+from mmpt.train.distill import with_samples
 from mmpt.train.loop import Trainer
 from mmpt.train.loss import Losses, draw_seeds, modality_weights, next_weight, score_next
 from mmpt.train.metrics import Metrics
 from mmpt.train.recipe import AdaptRecipe, load_run_recipe
 from mmpt.train.result import TrainResult
 from mmpt.vocab import Modality, Vocabulary
+
+MAX_LOOKED_AT = 256  # blocks of documents of a source, for the longest of what is denoised
 
 
 def adapt_command(recipe: Path, overrides: Sequence[str] = (), *, out: Path) -> dict[str, Any]:
@@ -51,11 +61,16 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
     """What `adapt` runs."""
     vocabulary = begun_with(checkpoints_of(run), vocabulary)
     start = find_model(recipe.start)
+    recipe = with_samples(recipe, run, start, vocabulary)
+    noise = replace(recipe.noise, max_block=longest_block(recipe, vocabulary))
 
     def build() -> Decoder:
         model = Decoder.load(start, vocabulary=vocabulary)
         model.add_noisy_groups(
-            seed=recipe.seed, router=recipe.router, capacity_slope=recipe.capacity_slope
+            seed=recipe.seed,
+            router=recipe.router,
+            capacity_slope=recipe.capacity_slope,
+            noise=noise,
         )
         if not recipe.autoregressive:
             model.freeze_for_adaptation()
@@ -65,11 +80,42 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
         vocabulary,
         recipe.loss_weights,
         max_noisy=recipe.max_noisy,
+        copies=recipe.copies,
+        noise=noise,
+        vectors=read_tensors(start)["embedding"] if noise.path == "metric" else None,
         autoregressive=recipe.autoregressive,
     )
     return Trainer(
         recipe, run, build=build, vocabulary=vocabulary, objective=objective, start=start
     )
+
+
+def longest_block(recipe: AdaptRecipe, vocabulary: Vocabulary) -> int:
+    """Ids of the longest block that training denoises; UserError where none fits.
+
+    Of large sources every so many documents are looked at, of live ones none.
+    """
+    most = min(recipe.max_noisy, recipe.data.length) - 1
+    sizes = [recipe.noise.text_block] if recipe.noise.text_block else []
+    for source in recipe.data.sources.values():
+        if source.pipeline:
+            sizes.append(most)
+            continue
+        blocks = [b for shard in open_shards(source.shards, vocabulary) for b in shard.blocks]
+        for block in blocks[:: 1 + len(blocks) // MAX_LOOKED_AT]:
+            _, modality, _, length, _, height, width = block.arrays["spans"].T
+            speech, visual = modality == Modality.SPEECH, modality != Modality.TEXT
+            if speech.any():
+                length = length[speech].clip(max=speech_span(vocabulary))
+                sizes += np.unique(length).tolist()
+            sizes += np.unique((height * width)[visual & ~speech]).tolist()
+    if not any(size <= most for size in sizes):
+        shortest = f"the shortest has {min(sizes)}" if sizes else "the data has none"
+        raise UserError(
+            f"no block to denoise fits max_noisy = {recipe.max_noisy} and data.length = "
+            f"{recipe.data.length}, which leave {most} ids beside a slot: {shortest}"
+        )
+    return max(size for size in sizes if size <= most)
 
 
 @dataclass
@@ -92,7 +138,9 @@ class NoisyBatch:
 class Denoise:
     """The objective of adaptation: the clean codes of noisy blocks.
 
-    autoregressive: the weight of predicting clean ids, in the same pass; 0: they are not.
+    copies: of each block, see `corrupt`. noise: the mixture path of media unless given. vectors:
+    (vocabulary, D) of all ids, which the metric path measures distances of. autoregressive: the
+    weight of predicting clean ids, in the same pass; 0: they are not.
     """
 
     def __init__(
@@ -101,14 +149,30 @@ class Denoise:
         weights: Mapping[str, float] | None = None,
         *,
         max_noisy: int,
+        copies: int = 1,
+        noise: NoiseConfig | None = None,
+        vectors: torch.Tensor | None = None,
         autoregressive: float = 0.0,
     ) -> None:
-        self.vocabulary, self.max_noisy = vocabulary, max_noisy
+        self.vocabulary, self.max_noisy, self.copies = vocabulary, max_noisy, copies
+        self.noise = noise or NoiseConfig()
+        self.alphabets = {
+            modality: Alphabet.over(vocabulary, modality, self.noise, vectors)
+            for modality in denoised_media(vocabulary, self.noise)
+        }
         self.weights, self.autoregressive = modality_weights(weights or {}), autoregressive
 
     def prepare(self, rows: Rows, generators: Sequence[torch.Generator]) -> NoisyBatch:
         """Choose and corrupt blocks."""
-        joint = corrupt(rows, self.vocabulary, generators=generators, max_noisy=self.max_noisy)
+        joint = corrupt(
+            rows,
+            self.vocabulary,
+            generators=generators,
+            max_noisy=self.max_noisy,
+            copies=self.copies,
+            noise=self.noise,
+            alphabets=self.alphabets,
+        )
         weight = joint.loss_weight * self.weights[joint.modality]
         weight = torch.where(joint.labels >= 0, weight, 0.0)
         if self.autoregressive:

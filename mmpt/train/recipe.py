@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar
 from mmpt.config import UserError, load_recipe, to_dict, to_toml, write_atomic
 from mmpt.data.loader import DataConfig
 from mmpt.data.pipeline_source import with_processors
+from mmpt.decode.sampling import Sampling
 from mmpt.eval.config import EvaluateConfig
 from mmpt.model.backends import Backend
-from mmpt.model.config import ModelConfig, Router
+from mmpt.model.config import ModelConfig, NoiseConfig, Router
 from mmpt.model.transformer import read_config
 from mmpt.train.checkpoint import find_model
 from mmpt.train.guard import GuardConfig
@@ -28,7 +29,7 @@ FREE = (
     *("data.workers", "data.sources.*.shards"),
     *("data.sources.*.processor", "data.sources.*.quarantine"),
     *("keep_every", "parallel.*", "guard.stall", "evaluate.*"),
-    *("track", "profile", "samples.*", "attention"),
+    *("track", "profile", "samples.*", "attention", "distill.batch"),
 )
 
 
@@ -92,14 +93,61 @@ class TrainRecipe(RunRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What the start model writes itself, before it learns to denoise it; see `train.distill`."""
+
+    documents: int = 0  # whose media are sampled anew; 0: none
+    share: float = 0.5  # of the ids that training reads; 1: it reads nothing else
+    guidance: float = 1.0  # baked in: what is denoised later needs none
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch: int = 32  # samples at a time
+
+    def __post_init__(self) -> None:
+        if self.documents < 0 or self.batch < 1 or not 0 < self.share <= 1:
+            raise UserError(
+                f"distill: documents = {self.documents}, batch = {self.batch}, share = "
+                f"{self.share}; use documents >= 0, batch >= 1 and 0 < share <= 1"
+            )
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How codes are drawn. Raises UserError for what cannot be."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, guidance=self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdaptRecipe(RunRecipe):
     """Adaptation to parallel decoding, from the model or run folder `start`."""
 
     start: str = ""
-    max_noisy: int = 512  # noisy ids a row
+    max_noisy: int = 512  # noisy ids a row, of all copies together
+    copies: int = 1  # of each block, at as many levels of noise, as far as they fit
+    noise: NoiseConfig = field(default_factory=NoiseConfig)  # `max_block` follows from the data
+    distill: DistillConfig = field(default_factory=DistillConfig)
     autoregressive: float = 0.0  # weight of predicting clean ids; above 0 all weights are trained
     router: Router | None = None  # of the experts of noisy ids; those of clean ones unless given
     capacity_slope: float = 0.0  # with expert choice, see `GroupConfig`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.copies < 1:
+            raise UserError(f"copies = {self.copies}; use at least 1")
+        if self.noise.max_block:
+            raise UserError(
+                f"noise.max_block = {self.noise.max_block} follows from the data; leave it out"
+            )
+        if self.noise.text_block >= self.max_noisy:
+            raise UserError(
+                f"noise.text_block = {self.noise.text_block} and its slot do not fit max_noisy = "
+                f"{self.max_noisy}; use 4 to 32, or 0 for no text"
+            )
+        if self.noise.path == "metric" and self.autoregressive:
+            raise UserError(
+                f'noise.path = "metric" measures distances of embeddings, which autoregressive = '
+                f"{self.autoregressive} would move; use autoregressive = 0 or another path"
+            )
 
 
 R = TypeVar("R", bound=RunRecipe)

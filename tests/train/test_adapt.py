@@ -7,9 +7,10 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.data.codes import with_used_codes
+from mmpt.model.config import NoiseConfig
 from mmpt.model.transformer import Decoder
 from mmpt.processor import ProcessorSettings
-from mmpt.train.adapt import Denoise, adapt, find_model
+from mmpt.train.adapt import Denoise, adapt, find_model, longest_block
 from mmpt.train.loop import Trainer
 from mmpt.train.pretrain import train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe
@@ -35,20 +36,32 @@ def plain(model, vocabulary):
         return model.eval()(ids, modality=torch.zeros_like(ids))
 
 
+@pytest.mark.parametrize(
+    "noise",
+    [
+        NoiseConfig(),
+        NoiseConfig(path="metric"),
+        NoiseConfig(path="masked", text_block=4),
+    ],
+    ids=["mixture", "metric", "masked-text"],
+)
 def test_adaptation_changes_nothing_that_clean_ids_meet(
-    tmp_path, adapt_recipe, trained, vocabulary
+    tmp_path, adapt_recipe, trained, vocabulary, noise
 ):
-    result = adapt(adapt_recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
+    recipe = replace(adapt_recipe, steps=4, copies=2, noise=noise)
+    result = adapt(recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
     assert result.finished
+    assert result.counters.bad_steps == 0
     before = Decoder.load(find_model(trained))
     after = Decoder.load(find_model(tmp_path / "adapted"))
+    assert after.config.noise == replace(noise, max_block=26)  # a whole span of speech
     assert torch.equal(plain(before, vocabulary), plain(after, vocabulary))
     grown, ours = after.state_dict(), before.state_dict()
     assert all(torch.equal(grown[name], tensor) for name, tensor in ours.items())
-    new = [name for name in grown if "noisy_visual" in name and "down" in name]
-    source = new[0].replace("noisy_visual", "visual")
-    assert new
-    assert not torch.equal(grown[new[0]], grown[source])
+    for group in ("visual", "text") if noise.text_block else ("visual",):
+        new = [name for name in grown if f"noisy_{group}" in name and "down" in name]
+        source = new[0].replace(f"noisy_{group}", group)
+        assert not torch.equal(grown[new[0]], grown[source])
 
 
 def test_a_resumed_adaptation_ends_bit_equal(tmp_path, adapt_recipe, vocabulary, tensors_equal):
@@ -58,9 +71,11 @@ def test_a_resumed_adaptation_ends_bit_equal(tmp_path, adapt_recipe, vocabulary,
 
     def go(name, **options):
         folder = tmp_path / name
-        result = adapt(adapt_recipe, folder, vocabulary=vocabulary, progress=False, **options)
+        result = adapt(recipe, folder, vocabulary=vocabulary, progress=False, **options)
         return result, Decoder.load(result.checkpoint).state_dict()
 
+    noise = NoiseConfig(path="masked", text_block=4)
+    recipe = replace(adapt_recipe, steps=6, copies=2, noise=noise)
     assert not go("stopped", on_step=stop)[0].finished
     assert tensors_equal(go("stopped")[1], go("whole")[1])
 
@@ -120,3 +135,30 @@ def test_an_adapted_model_keeps_the_processor_of_its_start(tmp_path, adapt_recip
     settings.save(find_model(adapt_recipe.start))
     result = adapt(adapt_recipe, tmp_path / "adapted", vocabulary=vocabulary, progress=False)
     assert ProcessorSettings.load(result.checkpoint) == settings
+
+
+def test_the_longest_block_is_of_those_that_fit(adapt_recipe, vocabulary):
+    def longest(max_noisy, **noise):
+        recipe = replace(adapt_recipe, max_noisy=max_noisy, noise=NoiseConfig(**noise))
+        return longest_block(recipe, vocabulary)
+
+    assert longest(40) == longest(27) == 26
+    assert 16 <= longest(20) <= 19
+    assert longest(30, text_block=28) == 28
+    with pytest.raises(UserError, match=r"fits max_noisy = 1 .* the shortest has \d+"):
+        longest(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"copies": 0}, "copies = 0"),
+        ({"noise": NoiseConfig(max_block=9)}, "leave it out"),
+        ({"noise": NoiseConfig(text_block=512)}, "do not fit max_noisy"),
+        ({"noise": NoiseConfig(path="metric"), "autoregressive": 0.5}, "would move"),
+    ],
+)
+def test_mistakes_in_the_recipe_are_named(recipe, changes, message):
+    common = {f.name: getattr(recipe, f.name) for f in fields(RunRecipe)}
+    with pytest.raises(UserError, match=message):
+        AdaptRecipe(**common, **changes)
