@@ -19,6 +19,7 @@ from mmpt.config import UserError
 from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.denoise import denoise_passes
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.model.transformer import Decoder
@@ -228,7 +229,7 @@ class Pipeline:
         else:
             codes = []
             for preview in denoise_passes(
-                self.model, vocabulary, prompts, num_passes=settings.num_passes, **options
+                self.model, vocabulary, prompts, denoising=_denoising(settings), **options
             ):
                 codes = preview.codes
                 shown = self._finished(modality, shape, before, codes)
@@ -306,7 +307,7 @@ class Pipeline:
                 self.processor.vocabulary,
                 builder.build().ids,
                 max_codes=max(1, round(settings.max_seconds * self._speech_rate())),
-                num_passes=settings.num_passes if settings.decoder == "dida" else None,
+                denoising=_denoising(settings) if settings.decoder == "dida" else None,
                 sampling=_sampling(settings),
                 generator=generator,
                 unconditional=None if free is None else free[row].build().ids,
@@ -434,6 +435,10 @@ def _sampling(settings: Settings) -> Sampling:
     return Sampling(
         temperature=settings.temperature, top_p=settings.top_p, guidance=settings.guidance
     )
+
+
+def _denoising(settings: Settings) -> Denoising:
+    return Denoising(num_passes=settings.num_passes)
 
 
 def _open(builders: list[StreamBuilder], before: np.ndarray) -> list[np.ndarray]:

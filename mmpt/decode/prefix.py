@@ -60,6 +60,7 @@ class Prefix:
         self._step = Stepper.of(model)
         self._bias: torch.Tensor | None = None  # (rows, slots): -inf at pads; None without any
         self._chosen: _Hull | None = None
+        self.hidden: torch.Tensor  # (rows, D), of the last id of each
         self._begin(rows, vocabulary)
 
     def _begin(self, prompts: list[np.ndarray], vocabulary: Vocabulary) -> None:
@@ -98,9 +99,7 @@ class Prefix:
         )
         self._bias = None if self._bias is None else self._bias[which]
 
-    def append(
-        self, ids: torch.Tensor, modality: torch.Tensor, live: torch.Tensor
-    ) -> torch.Tensor:
+    def append(self, ids: torch.Tensor, modality: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """Commit ids and media (samples, T) to both branches; returns hidden states (rows, T, D).
 
         live: bool (samples,), which take part, or (samples, T), which of their ids do.
