@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mmpt.config import UserError
-from mmpt.decode.samplers import Denoising
+from mmpt.decode.passes import Denoising
 from mmpt.parts import Part
 
 Medium = Literal["text", "image", "video", "speech"]

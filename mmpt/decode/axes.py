@@ -26,6 +26,11 @@ class Axes:
             self._next += max(grid)
         return self.last
 
+    def read(self, ids: np.ndarray) -> None:
+        """Take many ids (n,)."""
+        for token in ids.tolist():
+            self.push(token)
+
     def ahead(self, count: int) -> list[tuple[int, int, int]]:
         """Where the next ids will stand; they are all codes of the open span, or it is one id."""
         grid = self._grid()

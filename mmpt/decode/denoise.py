@@ -1,28 +1,42 @@
 """Parallel decoding: whole blocks of codes, refined in a few passes over a cache of what is before.
 
-The prefix is only read while a block is denoised; the finished block is committed by one pass.
+A block is an image, one latent frame of a video, or a span of speech. `samplers` says what a pass
+writes. Any codes can be held: they never change, and are shown clean in every pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mmpt.config import UserError
-from mmpt.decode.ar import Prefix, Prompts, candidate_ids, check_open, codebook_of
-from mmpt.decode.sampling import Sampling, draw, uniforms
+from mmpt.decode.ar import check_open
+from mmpt.decode.blocks import Blocks, check_counts, join
+from mmpt.decode.passes import Denoising
+from mmpt.decode.prefix import Prompts
+from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import Modality, Vocabulary
 
+Held = Sequence[np.ndarray | None]
+"""Of each sample the ids (length,) that stay, and -1 where codes are to be drawn; None: nowhere."""
+
 
 class Pass(NamedTuple):
-    """After pass `done` of `total`: the codes so far of each sample, as ids (n,)."""
+    """After pass `done` of at most `total`.
+
+    committed counts the codes of each sample that will not change any more, held ones too. nfe
+    counts forward passes that were run so far, two where both branches were, with those that
+    committed blocks (the last block is committed by who goes on); prompts are not counted.
+    """
 
     done: int
     total: int
-    codes: list[np.ndarray]
+    codes: list[np.ndarray]  # of each sample the codes so far, as ids (n,)
+    committed: list[int]
+    nfe: int
 
 
 def denoise_block(
@@ -31,17 +45,17 @@ def denoise_block(
     prompts: Prompts,
     *,
     modality: Modality,
-    length: int,
-    num_passes: int,
+    length: int | Sequence[int],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
+    denoising: Denoising | None = None,
     unconditional: Prompts | None = None,
-    shift: float = 1.0,
-    on_pass: Callable[[int, list[np.ndarray]], None] | None = None,
+    held: Held | None = None,
+    on_pass: Callable[[Pass], None] | None = None,
 ) -> list[np.ndarray]:
     """The next `length` codes, as ids int64 (length,), of the span that each prompt has open.
 
-    As `generate_block`, in `num_passes` passes per block instead of one per code.
+    As `generate_block`, in `denoising.num_passes` passes per block instead of one per code.
     """
     codes: list[np.ndarray] = []
     for preview in denoise_passes(
@@ -50,15 +64,15 @@ def denoise_block(
         prompts,
         modality=modality,
         length=length,
-        num_passes=num_passes,
         sampling=sampling,
         generators=generators,
+        denoising=denoising,
         unconditional=unconditional,
-        shift=shift,
+        held=held,
     ):
         codes = preview.codes
         if on_pass is not None:
-            on_pass(preview.done, codes)
+            on_pass(preview)
     return codes
 
 
@@ -68,58 +82,92 @@ def denoise_passes(
     prompts: Prompts,
     *,
     modality: Modality,
-    length: int,
-    num_passes: int,
+    length: int | Sequence[int],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
+    denoising: Denoising | None = None,
     unconditional: Prompts | None = None,
-    shift: float = 1.0,
+    held: Held | None = None,
 ) -> Iterator[Pass]:
-    """`denoise_block` as an iterator over its passes; a video's frames are committed one by one."""
-    times = schedule(num_passes, shift)
-    block = _block_size(vocabulary, [*prompts, *(unconditional or ())], modality, length)
-    prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
-    candidates = candidate_ids(vocabulary, modality, prefix.device)
-    live = torch.ones(len(prompts), dtype=torch.bool, device=prefix.device)
-    book = codebook_of(vocabulary, modality, candidates)
-    wanted = torch.arange(block, device=prefix.device) % vocabulary.num_codebooks(modality)
-    elsewhere = book != wanted[:, None]  # (block, V): candidates of another codebook
-    count, first = (~elsewhere).sum(1), (~elsewhere).int().argmax(1)
-    finished: list[torch.Tensor] = []
-    total, done = num_passes * (length // block), 0
-    for _ in range(length // block):
-        if finished:
-            prefix.append(finished[-1], torch.full_like(finished[-1], modality), live)
-        uniform = uniforms(generators, block, prefix.device)
-        index = (uniform * count).long().clamp(max=count - 1) + first
-        for now, then in pairwise(times):
-            scores = prefix.block_scores(candidates[index], modality, candidates, time=now)
-            scores = scores.masked_fill(elsewhere, -torch.inf)
-            uniform = uniforms(generators, 2 * block, prefix.device)
-            guess = draw(sampling.probabilities(scores), uniform[:, :block])
-            # exact jump probability of the mixture path between the two times
-            index = torch.where(uniform[:, block:] < (then - now) / (1 - now), guess, index)
+    """`denoise_block` as an iterator over its passes; a video's frames are committed one by one.
+
+    length: of all samples, or of each: prompts and grids of a batch may differ. held: see `Held`; a
+    block that is held as a whole takes no passes.
+    """
+    denoising = denoising or Denoising()
+    lengths = [length] * len(prompts) if isinstance(length, int) else list(length)
+    check_counts(len(prompts), length=lengths, generators=generators, held=held)
+    grids = _grids(vocabulary, prompts, unconditional, modality, lengths)
+    for grid in grids:
+        denoising.check_block(*grid)
+    sizes, widths = [prod(grid) for grid in grids], [grid[1] for grid in grids]
+    given = _given(vocabulary, modality, lengths, held)
+    blocks = Blocks(
+        model,
+        vocabulary,
+        prompts,
+        modality=modality,
+        denoising=denoising,
+        sampling=sampling,
+        generators=generators,
+        unconditional=unconditional,
+    )
+    count = max(n // size for n, size in zip(lengths, sizes, strict=True))
+    done, total = 0, count * len(blocks.sampler.steps)
+    written = [np.zeros(0, dtype=np.int64)] * len(prompts)
+    for number in range(count):
+        if number:
+            blocks.commit()
+        now = [ids[number * size :][:size] for ids, size in zip(given, sizes, strict=True)]
+        for settled in blocks.write(now, widths):
             done += 1
-            codes = torch.cat([*finished, candidates[index]], dim=1)
-            yield Pass(done, total, list(codes.cpu().numpy()))
-        finished.append(candidates[index])
+            committed = [len(w) + n for w, n in zip(written, settled, strict=True)]
+            yield Pass(done, total, join(written, blocks.codes), committed, blocks.nfe)
+        written = join(written, blocks.codes)
+    if not done:  # all of it is held
+        yield Pass(0, 0, written, lengths, blocks.nfe)
 
 
-def schedule(num_passes: int, shift: float = 1.0) -> list[float]:
-    """Times t_0 = 0 to t_K = 1 of K passes: u / (u + shift (1 - u)) at u = k / K."""
-    if num_passes < 1 or shift <= 0:
-        raise UserError(
-            f"num_passes {num_passes}, shift {shift}: use at least 1 pass and shift > 0"
-        )
-    steps = [k / num_passes for k in range(num_passes + 1)]
-    return [u / (u + shift * (1 - u)) for u in steps]
+def _grids(
+    vocabulary: Vocabulary,
+    prompts: Prompts,
+    unconditional: Prompts | None,
+    modality: Modality,
+    lengths: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Rows and columns of the blocks that each prompt has open; `lengths` are whole blocks."""
+    grids = []
+    for row, length in enumerate(lengths):
+        both = [prompts[row], *([] if unconditional is None else unconditional[row : row + 1])]
+        grammars = check_open(vocabulary, both, modality, length)
+        sizes = {tuple(g.sizes[-2:]) for g in grammars}
+        block = grammars[0].block
+        if len(sizes) > 1 or length % block or any(g.remaining % block for g in grammars):
+            raise UserError(
+                f"{length} codes are no whole number of blocks of {block} codes; a prompt and its "
+                "unconditional one need one grid"
+            )
+        grids.append((block // grammars[0].sizes[-1], grammars[0].sizes[-1]))
+    return grids
 
 
-def _block_size(vocabulary: Vocabulary, prompts: Prompts, modality: Modality, length: int) -> int:
-    sizes = {g.block for g in check_open(vocabulary, prompts, modality, length)}
-    if len(sizes) != 1 or length % min(sizes):
-        raise UserError(
-            f"{length} codes are no whole number of blocks of {sorted(sizes)} codes; "
-            "the prompts of one call need one grid"
-        )
-    return min(sizes)
+def _given(
+    vocabulary: Vocabulary, modality: Modality, lengths: Sequence[int], held: Held | None
+) -> list[np.ndarray]:
+    ranges, out = vocabulary.ranges_of(modality), []
+    for length, ids in zip(lengths, held or [None] * len(lengths), strict=True):
+        ids = np.full(length, -1) if ids is None else np.asarray(ids, dtype=np.int64)
+        if ids.shape != (length,):
+            raise UserError(
+                f"held ids of shape {ids.shape} for {length} codes; give ({length},), -1 where "
+                "codes are drawn"
+            )
+        book = np.arange(length) % len(ranges)
+        start, stop = (np.array([getattr(r, n) for r in ranges])[book] for n in ("start", "stop"))
+        if ((ids != -1) & ~((start <= ids) & (ids < stop))).any():
+            raise UserError(
+                f"held ids are not all {modality.name.lower()} codes of their codebook; use "
+                "Vocabulary.ids_of, and -1 where codes are drawn"
+            )
+        out.append(ids)
+    return out

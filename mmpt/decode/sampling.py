@@ -63,7 +63,9 @@ class Sampling:
         return draw(self.probabilities(logits), uniform)
 
 
-def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+def guide(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: float | torch.Tensor
+) -> torch.Tensor:
     """Classifier-free guidance on scores: u + s (c - u)."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -10,6 +10,7 @@ import torch
 from mmpt.data.layout import speech_span
 from mmpt.decode.ar import generate, generate_block
 from mmpt.decode.denoise import denoise_block
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import BEGIN, END, Modality, Vocabulary
@@ -24,15 +25,15 @@ def speak(
     prompt: np.ndarray,
     *,
     max_codes: int,
-    num_passes: int | None,
+    denoising: Denoising | None,
     sampling: Sampling,
     generator: torch.Generator,
     unconditional: np.ndarray | None = None,
 ) -> np.ndarray:
     """The prompt and at least one span of speech behind it, as ids (n,).
 
-    prompt: ids that end outside a span. num_passes: of parallel decoding; None decodes one id at a
-    time. It ends when the model ends the document, or after `max_codes` codes.
+    prompt: ids that end outside a span. denoising: None decodes one id at a time; samplers by order
+    take as many passes as a short span has codes. It ends when the model ends the document, or after `max_codes` codes.
     """
     most, num_codebooks = speech_span(vocabulary), vocabulary.num_codebooks(SPEECH)
     begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
@@ -65,10 +66,11 @@ def speak(
             "generators": [generator],
             "unconditional": None if free is None else [free],
         }
-        if num_passes is None:
+        if denoising is None:
             [codes] = generate_block(model, vocabulary, [ids], **options)
         else:
-            [codes] = denoise_block(model, vocabulary, [ids], num_passes=num_passes, **options)
+            options["denoising"] = denoising.fit(size)
+            [codes] = denoise_block(model, vocabulary, [ids], **options)
         ids = np.concatenate([ids, codes, [end]])
         free = None if free is None else np.concatenate([free, codes, [end]])
         left -= size

@@ -42,6 +42,13 @@ class LayerCache:
         keys, values = slots.narrow(3, 0, self._length).unbind(2)
         return keys, values
 
+    def select(self, rows: slice | torch.Tensor) -> "LayerCache":
+        """Of some rows; a slice of them is a view, only to be read."""
+        chosen = LayerCache()
+        chosen._length = self._length
+        chosen._slots = None if self._slots is None else self._slots[rows]
+        return chosen
+
     def _join(self, which: int, new: torch.Tensor) -> torch.Tensor:
         if self._slots is None:
             return new
@@ -75,6 +82,15 @@ class KVCache:
         if len(self._layouts) > 1:
             self._layouts = [self._layouts[0].cat(*self._layouts[1:])]
         return self._layouts[0] if self._layouts else None
+
+    def select(self, rows: slice | torch.Tensor) -> "KVCache":
+        """A cache of some rows, in any order and number; of a slice it is only to be read."""
+        chosen = KVCache(0)
+        chosen.layers = [layer.select(rows) for layer in self.layers]
+        layout = self.layout
+        if layout is not None:
+            chosen.commit(layout.select(rows))
+        return chosen
 
     def begin(self, *, append: bool) -> None:
         """Say whether the pass that starts now commits its ids or only reads."""

@@ -30,6 +30,10 @@ class Layout:
         """The plain causal layout of committed ids."""
         return cls(document, position, torch.full_like(position, -1), position)
 
+    def select(self, rows: slice | torch.Tensor) -> "Layout":
+        """The layout of some rows."""
+        return Layout(*(getattr(self, f.name)[rows] for f in fields(self)))
+
     def cat(self, *others: "Layout") -> "Layout":
         """This layout, followed by others along the row."""
         parts = ([getattr(each, f.name) for each in (self, *others)] for f in fields(self))

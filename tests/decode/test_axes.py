@@ -7,6 +7,7 @@ import torch
 from mmpt.decode.ar import Prefix, generate_block
 from mmpt.decode.axes import Axes
 from mmpt.decode.denoise import denoise_block
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.model.rotary import axes_of
 from mmpt.stream import Rows
@@ -67,7 +68,10 @@ def test_a_batch_equals_the_singles(model, make_prompts, vocabulary, generators,
     prompts = make_prompts(modality, shape)
     options = {"modality": modality, "length": int(np.prod(shape))}
     options["sampling"] = Sampling(guidance=2.0)
-    for decode, more in ((generate_block, {}), (denoise_block, {"num_passes": 2})):
+    for decode, more in (
+        (generate_block, {}),
+        (denoise_block, {"denoising": Denoising(num_passes=2)}),
+    ):
         batch = decode(
             model,
             vocabulary,

@@ -12,6 +12,7 @@ from mmpt.data.tokens import EncodedDocument, ShardWriter, TokenShard
 from mmpt.decode.ar import generate_block
 from mmpt.decode.denoise import denoise_block
 from mmpt.decode.dida import corrupt, denoising_loss, joint_forward
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.stream import Rows, Segment, StreamBuilder, parse
@@ -45,7 +46,8 @@ def test_blocks_hold_legal_used_codes_of_every_codebook(
     if num_passes is None:
         made = generate_block(make_model(), vocabulary, prompts, **options)
     else:
-        made = denoise_block(make_model(), vocabulary, prompts, num_passes=num_passes, **options)
+        options["denoising"] = Denoising(num_passes=num_passes)
+        made = denoise_block(make_model(), vocabulary, prompts, **options)
     drawn = [set(), set(), set()]
     for ids in made:
         codes = vocabulary.codes_of(SPEECH, ids)
@@ -64,7 +66,7 @@ def test_speech_of_several_codebooks_is_whole_frames(make_model, vocabulary, num
         vocabulary,
         prompt,
         max_codes=20,
-        num_passes=num_passes,
+        denoising=None if num_passes is None else Denoising(num_passes=num_passes),
         sampling=Sampling(),
         generator=torch.Generator().manual_seed(0),
     )

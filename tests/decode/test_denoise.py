@@ -4,7 +4,7 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.decode.ar import generate
-from mmpt.decode.denoise import denoise_block, denoise_passes, schedule
+from mmpt.decode.denoise import denoise_block, denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.stream import StreamBuilder, parse
 from mmpt.vocab import Modality

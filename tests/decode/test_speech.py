@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.stream import StreamBuilder, parse
@@ -19,7 +20,7 @@ def test_speech_is_whole_spans_within_its_limit(make_model, vocabulary, num_pass
     for seed, max_codes in ((0, 1), (1, 7), (2, 40)):
         options = {
             "max_codes": max_codes,
-            "num_passes": num_passes,
+            "denoising": None if num_passes is None else Denoising(num_passes=num_passes),
             "sampling": Sampling(guidance=guidance),
             "unconditional": free,
         }
