@@ -91,7 +91,7 @@ def adapter(recipe: AdaptRecipe, run: str | Path, *, vocabulary: Vocabulary) -> 
 
 
 def longest_block(recipe: AdaptRecipe, vocabulary: Vocabulary) -> int:
-    """Ids of the longest block that training denoises; UserError where none fits.
+    """Ids of the longest block that training denoises, 0 without any; UserError if none fits.
 
     Of large sources every so many documents are looked at, of live ones none.
     """
@@ -109,13 +109,13 @@ def longest_block(recipe: AdaptRecipe, vocabulary: Vocabulary) -> int:
                 length = length[speech].clip(max=speech_span(vocabulary))
                 sizes += np.unique(length).tolist()
             sizes += np.unique((height * width)[visual & ~speech]).tolist()
-    if not any(size <= most for size in sizes):
-        shortest = f"the shortest has {min(sizes)}" if sizes else "the data has none"
+    if sizes and min(sizes) > most:
         raise UserError(
             f"no block to denoise fits max_noisy = {recipe.max_noisy} and data.length = "
-            f"{recipe.data.length}, which leave {most} ids beside a slot: {shortest}"
+            f"{recipe.data.length}, which leave {most} ids beside a slot; the shortest has "
+            f"{min(sizes)}"
         )
-    return max(size for size in sizes if size <= most)
+    return max((size for size in sizes if size <= most), default=0)
 
 
 @dataclass
