@@ -178,7 +178,9 @@ def _passes(blocks: Sequence[list[Block]]) -> Iterator[list[list[Told]]]:
 
 # of copies laid out; where a row has no copy they are 0, and the block is -1
 COLUMNS = {
-    **dict.fromkeys(("ids", "place", "slot", "block", "clean", "noisy", "part", "kind"), torch.int64),
+    **dict.fromkeys(
+        ("ids", "place", "slot", "block", "clean", "noisy", "part", "kind"), torch.int64
+    ),
     **dict.fromkeys(("time", "weight"), torch.float64),
 }
 
