@@ -44,12 +44,18 @@ BASELINES = {
 OUTSIDE = -1  # modality of ids that do not count
 
 
-def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
+def evaluate_model(
+    model: Path, *, tokens: Path, elbo: bool = False, draws: int = 8
+) -> dict[str, Any]:
     """Held-out likelihood of MODEL by modality, in nats per id, beside baselines.
 
     MODEL is a model folder or a run. `tokens` is a folder of token shards, as mmpt encode writes
     it; documents are split by their base key. shuffled_minus_right is [low, mean, high], a 95%
     bootstrap over base keys.
+
+    With --elbo, of an adapted model: an upper bound of the nats of denoising media, from `draws`
+    noisy copies of each block, beside autoregressive nats of the same codes; and cross-entropy and
+    accuracy by the time of the noise, from 0.1 (almost all noise) to 0.9.
     """
     from mmpt.train.adapt import find_model  # which evaluates while it trains
 
@@ -64,13 +70,18 @@ def evaluate_model(model: Path, *, tokens: Path) -> dict[str, Any]:
             f"{tokens} holds {len(train)} training and {len(heldout)} held-out documents"
         )
     separator = shards[0].separator
+    told = {"model": str(model), "vocabulary": vocabulary.fingerprint}
+    if elbo:
+        from mmpt.eval.elbo import evaluate_bounds  # which lays documents out as here
+
+        return told | evaluate_bounds(decoder, vocabulary, train, heldout, separator, draws=draws)
     result = {}
     for modality in tqdm(Modality, desc="evaluate", unit="medium"):
         if any(segment.modality == modality for d in heldout for segment in d.segments):
             result[modality.name.lower()] = evaluate_modality(
                 decoder, vocabulary, modality, train, heldout, separator
             )
-    return {"model": str(model), "vocabulary": vocabulary.fingerprint, "heldout": result}
+    return told | {"heldout": result}
 
 
 def evaluate_modality(
@@ -103,7 +114,12 @@ def evaluate_modality(
 
 
 def content_streams(
-    document: EncodedDocument, vocabulary: Vocabulary, modality: Modality, separator: np.ndarray
+    document: EncodedDocument,
+    vocabulary: Vocabulary,
+    modality: Modality,
+    separator: np.ndarray,
+    *,
+    length: int = LENGTH,
 ) -> Iterator["Scored"]:
     """The document's streams in which content of `modality` is scored; all other ids weigh 0."""
     if all(segment.modality != modality for segment in document.segments):
@@ -117,7 +133,7 @@ def content_streams(
         if modality == Modality.TEXT:
             content &= stream.ids < vocabulary.num_text
         stream.loss_weight = content.astype(np.float32)
-    for piece in split(stream, LENGTH):
+    for piece in split(stream, length):
         scored = piece.loss_weight > 0
         scored[0] = False  # nothing stands before it
         if scored.any():
