@@ -72,7 +72,7 @@ class GateRecipe:
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> words of captions
     epochs: int = 20  # of the judge of pictures
     whisper: str = ""  # folder of a judge of speech; else pocketsphinx with a grammar
-    num_shown: int = 8  # prompts on the page
+    num_shown: int = 6  # prompts on the page
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_samples", "epochs"):
@@ -109,13 +109,14 @@ def compare_decoders(
         "seed": gate.seed,
         "command": command,
     }
+    environment = doctor()
     found: dict[str, Any] = {}
     shown: dict[str, list[System]] = {}
     for medium in gate.prompts:
         comparison = Comparison(gate, pipeline, cast(Medium, medium), chosen, tokens, out)
         found[medium] = comparison.run()
         shown[medium] = comparison.systems
-        result = {**about, "media": found, "environment": doctor()}
+        result = {**about, "media": found, "environment": environment}
         write_atomic(out / "gate.json", json.dumps(result, indent=1))
         write_atomic(out / "gate.html", render_gate(result, shown, gate.num_shown))
     return {**about, "media": found, "page": str(out / "gate.html")}

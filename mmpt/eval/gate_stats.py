@@ -130,12 +130,13 @@ def noninferiority(
     reference: Statistic, candidate: Statistic, margin: Margin, *, seed: int = 0
 ) -> Outcome:
     """Test the candidate against the reference on the same prompts."""
-    counted = reference.counted & candidate.counted
-    num, (ours, theirs) = int(counted.sum()), (value(candidate), value(reference))
+    # beside other prompts, other ones may count
+    num = int(min(reference.counted.sum(), candidate.counted.sum()))
+    ours, theirs = value(candidate), value(reference)
     loss = float(_loss(np.array(theirs), np.array(ours), margin))
     if num < FEWEST:
         return Outcome(theirs, ours, loss, None, None, "cannot tell", num)
-    size = len(counted)
+    size = len(reference.counted)
     times = np.random.default_rng(seed).multinomial(size, [1 / size] * size, size=NUM_DRAWS)
     losses = _loss(reference.redraw(times), candidate.redraw(times), margin)
     tail = expanded_tail(num)
