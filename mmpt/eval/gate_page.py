@@ -88,7 +88,8 @@ def _tests(medium: str, found: Row) -> str:
             low, high = (_loss(row, outcome[bound]) for bound in ("low", "high"))
             counts = "guard" if row["guard"] else "yes" if row["counts"] else "does not count"
             why = tag("small", escape(row["why_not"])) if row["why_not"] else ""
-            bounds = f"{_loss(row, outcome['loss'])} {tag('small', f'[{low}, {high}]')}"
+            between = "" if outcome["low"] is None else tag("small", f"[{low}, {high}]")
+            bounds = f"{_loss(row, outcome['loss'])} {between}"
             cells = [bounds, _loss(row, row["margin"]["size"]), verdict_words(outcome["verdict"])]
             rows.append([escape(row["metric"]), escape(name), *cells, f"{counts} {why}".strip()])
     head = ["", "candidate", "loss, with its 95% bounds", "margin", "verdict", "counts"]
