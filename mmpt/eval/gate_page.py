@@ -23,6 +23,7 @@ candidate's settings. Guards need no such control: they say whether fewer differ
 by which a likelihood can be bought. A candidate passes when all that counts is not inferior.
 Margins were fixed in the recipe."""
 PLACES = "The first prompts in the order of a hash of their names, and the first sample of each."
+REAL = "real, through the codec"
 COLOURS = {"not inferior": "good", "inferior": "bad"}
 
 
@@ -113,7 +114,7 @@ def _values(medium: str, found: Row) -> str:
     rows.append(
         ["time of a sample", *(duration(seconds[n]) if n in seconds else DASH for n in names)]
     )
-    head = ["", *(escape("real, through the codec" if n == "real" else n) for n in names)]
+    head = ["", *(escape(REAL if n == "real" else n) for n in names)]
     return tag("h3", chip(medium)) + table(head, rows, label=f"Values, {medium}")
 
 
@@ -129,7 +130,7 @@ def _loss(row: Row, value: float | None) -> str:
 
 
 def _samples(medium: str, systems: Sequence[System], num_shown: int) -> str:
-    columns = ["prompt", *(system.name for system in systems)]
+    columns = ["prompt", *(REAL if s.name == "real" else s.name for s in systems)]
     first = [_first(system, num_shown) for system in systems]
     cards = []
     for place in range(min(num_shown, len(first[0]))):
