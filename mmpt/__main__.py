@@ -118,7 +118,7 @@ VERBS = {
     ),
     "eval": (
         "mmpt.eval.heldout:evaluate_model",
-        "held-out likelihood of a model by modality, beside baselines",
+        "held-out likelihood of a model by modality; with --compare, the quality gate",
         "runs/quickstart/model --tokens runs/quickstart/tokens",
     ),
     "report": (

@@ -45,7 +45,15 @@ OUTSIDE = -1  # modality of ids that do not count
 
 
 def evaluate_model(
-    model: Path, *, tokens: Path, elbo: bool = False, draws: int = 8
+    model: Path,
+    overrides: Sequence[str] = (),
+    *,
+    tokens: Path,
+    elbo: bool = False,
+    draws: int = 8,
+    compare: str = "",
+    recipe: Path | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Held-out likelihood of MODEL by modality, in nats per id, beside baselines.
 
@@ -56,9 +64,23 @@ def evaluate_model(
     With --elbo, of an adapted model: an upper bound of the nats of denoising media, from `draws`
     noisy copies of each block, beside autoregressive nats of the same codes; and cross-entropy and
     accuracy by the time of the noise, from 0.1 (almost all noise) to 0.9.
+
+    --compare ar,dida: test instead whether the samples of one way to decode are as good as those of
+    another; how is said by RECIPE and key=value OVERRIDES of it. OUT gets the samples, which are
+    drawn once, gate.json and gate.html.
     """
     from mmpt.train.adapt import find_model  # which evaluates while it trains
 
+    if compare:
+        from mmpt.eval.compare import compare_decoders
+
+        if recipe is None or out is None:
+            raise UserError("--compare needs --recipe FILE and --out FOLDER")
+        return compare_decoders(
+            model, overrides, tokens=tokens, names=compare, recipe=recipe, out=out
+        )
+    if recipe or out or overrides:
+        raise UserError("a recipe, its overrides and --out belong to --compare; give --compare")
     vocabulary = Vocabulary.load(Path(tokens) / "vocabulary.json")
     decoder = Decoder.load(find_model(model), vocabulary=vocabulary).eval()
     shards = open_shards([Path(tokens)], vocabulary)
