@@ -21,9 +21,9 @@ from torch import distributed
 from mmpt.model.attention import Context
 from mmpt.model.backends import Causal
 from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.layer import Layer
 from mmpt.model.layout import Layout as AttentionLayout
 from mmpt.model.rotary import Rotary
-from mmpt.model.transformer import Layer
 from mmpt.plan.machines import Machine
 from mmpt.plan.workload import Workload
 from mmpt.process import one_thread

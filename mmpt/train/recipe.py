@@ -12,7 +12,7 @@ from mmpt.data.pipeline_source import with_processors
 from mmpt.eval.config import EvaluateConfig
 from mmpt.model.backends import Backend
 from mmpt.model.config import ModelConfig, Router
-from mmpt.model.transformer import read_config
+from mmpt.model.weights import read_config
 from mmpt.train.checkpoint import find_model
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig
