@@ -17,8 +17,9 @@ from mmpt.bench.harness import best_seconds
 from mmpt.config import UserError
 from mmpt.model.attention import Attention
 from mmpt.model.config import GroupConfig, ModelConfig
+from mmpt.model.layer import Layer
 from mmpt.model.moe import Experts
-from mmpt.model.transformer import Decoder, Layer
+from mmpt.model.transformer import Decoder
 from mmpt.train.loop import Trainer
 from mmpt.vocab import Modality
 

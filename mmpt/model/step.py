@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from mmpt.model.attention import Attention
 from mmpt.model.bank import Bank
 from mmpt.model.cache import KVCache, LayerCache
+from mmpt.model.layer import Layer
 from mmpt.model.moe import Experts
 from mmpt.model.rotary import Rotary
-from mmpt.model.transformer import Decoder, Layer
+from mmpt.model.transformer import Decoder
 
 EPS = 1e-6  # of RMSNorm
 MODEL_OPTIONS = {

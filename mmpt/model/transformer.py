@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,79 +19,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
-from mmpt.config import UserError, from_dict, to_dict, write_atomic
+from mmpt.config import UserError, to_dict, write_atomic
 from mmpt.model.attention import Attention, Context, RMSNorm, Sorted
 from mmpt.model.backends import Attend, Backend, Causal, plan_attention
 from mmpt.model.bank import Bank
-from mmpt.model.cache import KVCache, LayerCache
+from mmpt.model.cache import KVCache
 from mmpt.model.collectives import fill
 from mmpt.model.config import ModelConfig, NoiseConfig, Router
 from mmpt.model.dispatch import Dispatch, group_table
 from mmpt.model.float8 import Linear
 from mmpt.model.initialise import initialise, initialise_low_rank
+from mmpt.model.layer import Layer
 from mmpt.model.layout import Layout
-from mmpt.model.moe import Experts, ModalityMoE
+from mmpt.model.moe import Experts
 from mmpt.model.rotary import Rotary, axes_of
-from mmpt.model.weights import read_tensors, upgrade
+from mmpt.model.weights import FORMAT_VERSION, read_config, read_tensors, upgrade
 from mmpt.stream import Rows
 from mmpt.vocab import Modality, Vocabulary
-
-FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no banks
-
-
-class Layer(nn.Module):
-    """Attention, then experts, each behind a norm and added to the stream."""
-
-    def __init__(
-        self, config: ModelConfig, *, number: int = 0, lender: "Layer | None" = None
-    ) -> None:
-        super().__init__()
-        self.attention_norm, self.expert_norm = (
-            RMSNorm(config.width, config.norm_eps) for _ in range(2)
-        )
-        self.attention = Attention(config)
-        lent = None if lender is None else lender.experts
-        self.experts = ModalityMoE(config, layer=number, lender=lent)
-        # contexts of a forward pass and of its repetition, where activations are not kept
-        self.recompute: Callable[[], tuple[Any, Any]] | None = None
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        *,
-        context: Context,
-        dispatch: Dispatch,
-        cache: LayerCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The stream behind this layer, and (B, T) what ids add to losses of routers, if any."""
-        inputs = x_BTD, context, dispatch, cache
-        if self.recompute is None or not torch.is_grad_enabled() or cache is not None:
-            return self._compute(*inputs)
-        return checkpoint(  # type: ignore[return-value] # it gives what the function gives
-            self._compute,
-            *inputs,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=self.recompute,
-        )
-
-    def _compute(
-        self,
-        x_BTD: torch.Tensor,
-        context: Context,
-        dispatch: Dispatch,
-        cache: LayerCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x_BTD = x_BTD + self.attention(
-            self.attention_norm(x_BTD),
-            context=context,
-            noisy_index=dispatch.noisy_index,
-            cache=cache,
-        )
-        y_BTD, loss_BT = self.experts(self.expert_norm(x_BTD), dispatch)
-        return x_BTD + y_BTD, loss_BT
 
 
 class Decoder(nn.Module):
@@ -449,15 +393,3 @@ def _layout(
         return Layout.clean(document, position)
     assert limit is not None, "noisy ids need the limit of what they see"
     return Layout(document, position, block, limit)
-
-
-def read_config(folder: Path) -> tuple[ModelConfig, int]:
-    """That of a model folder, and the version of its format."""
-    try:
-        data = json.loads((folder / "config.json").read_text())
-        version, model = data["format_version"], data["model"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} holds no model (config.json: {error})") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{folder} has format {version}; this mmpt reads {FORMAT_VERSION}: upgrade")
-    return from_dict(ModelConfig, model, where=f"{folder}/config.json"), version

@@ -1,10 +1,11 @@
-"""Tensors of a model folder: one safetensors file, or the parts that the ranks of a training wrote.
+"""What a model folder holds: config.json, and tensors in one file, or as the ranks wrote them.
 
 Parts are written by PyTorch's distributed checkpoints in their safetensors form, which says in each
 header where a part belongs; nothing is pickled.
 """
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,22 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from mmpt.config import UserError, from_dict
 from mmpt.model.config import ModelConfig
+
+FORMAT_VERSION = 2  # 1 had another order of the rows of `project_in`, and no banks
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, int]:
+    """That of a model folder, and the version of its format."""
+    try:
+        data = json.loads((folder / "config.json").read_text())
+        version, model = data["format_version"], data["model"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} holds no model (config.json: {error})") from None
+    if version > FORMAT_VERSION:
+        raise UserError(f"{folder} has format {version}; this mmpt reads {FORMAT_VERSION}: upgrade")
+    return from_dict(ModelConfig, model, where=f"{folder}/config.json"), version
 
 
 def files_of(folder: str | Path, name: str = "model") -> list[Path]:

@@ -21,9 +21,9 @@ from torch import distributed
 from mmpt.model.attention import Context
 from mmpt.model.backends import Causal
 from mmpt.model.dispatch import Dispatch, group_table
+from mmpt.model.layer import Layer
 from mmpt.model.layout import Layout as AttentionLayout
 from mmpt.model.rotary import Rotary
-from mmpt.model.transformer import Layer
 from mmpt.plan.machines import Machine
 from mmpt.plan.workload import Workload
 from mmpt.process import one_thread
@@ -163,10 +163,14 @@ def _products(work: Workload, ranks: int) -> Iterator[tuple[float, int, int, int
     yield layers, ids, width, heads + 2 * model.num_kv_heads * model.width_per_head
     yield layers, ids, heads, width
     for group in model.groups.values():
-        rows = round(ids * work.share_of(group) * group.num_active / group.num_experts)
-        if rows:
-            yield layers * group.num_experts, rows, width, 2 * model.expert_hidden
-            yield layers * group.num_experts, rows, model.expert_hidden, width
+        served = ids * work.share_of(group)
+        for experts, rows, hidden in (
+            (group.num_experts, served * group.num_active / group.num_choices, model.expert_hidden),
+            (1, served, group.shared_hidden),
+        ):
+            if hidden and round(rows):
+                yield layers * experts, round(rows), width, 2 * hidden
+                yield layers * experts, round(rows), hidden, width
     yield ids / CHUNK, CHUNK, width, model.vocab_size
 
 

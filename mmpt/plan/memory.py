@@ -49,6 +49,8 @@ def memory(work: Workload, layout: Layout) -> Memory:
     """Of one rank of a layout, for the recipe's precision, optimiser and recomputation."""
     recipe, parts = work.recipe, held(work, layout)
     weights = sum(WIDE * each.mine * each.weight.num for each in parts)
+    trained = [each for each in parts if each.weight.trained]
+    gradients = sum(WIDE * each.mine * each.weight.num for each in trained)
     units = {each.unit for each in parts}
     sizes = {unit: sum(e.padded for e in parts if e.unit == unit) * WIDE for unit in units}
     root = sizes.pop(ROOT)
@@ -62,9 +64,9 @@ def memory(work: Workload, layout: Layout) -> Memory:
     gather_all = 1 if recipe.parallel.reshard or alone else work.model.num_layers
     return Memory(
         weights=weights,
-        gradients=weights,
-        optimizer=sum(_states(work, each) * each.mine * each.weight.num for each in parts),
-        average=weights if recipe.ema else 0,
+        gradients=gradients,
+        optimizer=sum(_states(work, each) * each.mine * each.weight.num for each in trained),
+        average=gradients if recipe.ema else 0,
         activations=work.model.num_layers * kept + _around(work, ids),
         casts=0 if again else casts * work.model.num_layers,
         # the layer that runs and the next one, gradients of the one and what is sent of them; the
@@ -83,12 +85,12 @@ def kept_of_layer(work: Workload, layout: Layout, recompute: str) -> float:
     attended = WIDE if cpu else a  # CPUs attend in float32
     width, heads = model.width, model.width_of_heads
     keys = model.num_kv_heads * model.width_per_head
+    clean = [group for group in model.groups.values() if not group.noisy]
     hidden = sum(
-        work.share_of(group) * group.num_active * model.expert_hidden
-        for group in model.groups.values()
-        if not group.noisy
+        work.share_of(group) * (group.mean_active * model.expert_hidden + group.shared_hidden)
+        for group in clean
     )
-    active = sum(work.share_of(g) * g.num_active for g in model.groups.values() if not g.noisy)
+    active = sum(work.share_of(group) * group.num_active for group in clean)
     stream = WIDE * width  # float32 in any precision
     if recompute == "full":
         return stream
@@ -98,6 +100,10 @@ def kept_of_layer(work: Workload, layout: Layout, recompute: str) -> float:
     norms = stream * (4 if cpu else 2)  # GPUs have one kernel for it
     attention = 2 * a * width + (2 if cpu else 1) * WIDE * (heads + keys) / t
     attention += 4 * attended * heads / t + attended * work.recipe.data.length  # and its mask
+    if model.gated_attention:  # what attention gave, times the gates
+        attention += attended * heads + WIDE * model.num_heads
+    if model.untied_attention:  # the same, sorted by group
+        attention += a * heads
     experts = stream + active * 2 * a * width + 3 * a * hidden / t
     return norms + attention + experts
 

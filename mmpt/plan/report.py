@@ -5,6 +5,7 @@ from typing import Any
 from mmpt.plan.layouts import Cost, Survey
 from mmpt.plan.machines import Machine
 from mmpt.plan.workload import Workload
+from mmpt.train.pretrain import unusual_rates
 
 SHOWN = 12  # layouts, of those that fit and of those that do not
 COLUMNS = ("peak GB", "state", "activ.", "gather", "reduce", "all2all", "tensor", "step s")
@@ -34,9 +35,20 @@ def of_model(work: Workload) -> Report:
         flops, share = summary["flops per token, forward"][name], summary["active share"][name]
         mixed = summary["mix"][name]
         lines.append(f"  {name:8}{active:>18,}{share:>8.1%}{flops / 1e9:>16.4g}{mixed:>12.1%}")
+    lines += _activation(work, summary["auxiliary parameters"])
     tokens, flops = summary["tokens per step"], summary["flops per step"]
     lines.append(f"  a step: {tokens:,} tokens, {flops:.4g} FLOPs")
     return Report({"model": summary}, lines)
+
+
+def _activation(work: Workload, num_auxiliary: int) -> list[str]:
+    rates = ", ".join(f"{name} {rate:.1%}" for name, rate in work.model.activation_rates.items())
+    lines = [f"  of a layer's weights an id meets: {rates}"]
+    if unlikely := unusual_rates(work.model):
+        lines.append(f"  warning: {unlikely}")
+    if num_auxiliary:
+        lines.append(f"  {num_auxiliary:,} parameters are of auxiliary routers, trained afterwards")
+    return lines
 
 
 def of_layouts(work: Workload, found: Survey, count: int, machine: Machine) -> Report:

@@ -72,10 +72,10 @@ def seconds(work: Workload, layout: Layout, machine: Machine) -> Seconds:
 def flops_of_rank(work: Workload, layout: Layout) -> float:
     """Of a step, what is computed again among them."""
     ids = work.tokens / layout.num_data
-    routed = {g: group.num_experts for g, group in work.model.groups.items() if not group.noisy}
     routers = sum(
-        2 * work.model.width * num * work.share_of(work.model.groups[g]) * (num > 1)
-        for g, num in routed.items()
+        2 * work.model.width * group.num_choices * work.share_of(group)
+        for group in work.model.groups.values()
+        if group.learned and not group.noisy
     )
     whole = work.model.num_layers * routers
     layers = work.mean_flops - work.head_flops - whole

@@ -110,7 +110,8 @@ def _hold(work: Workload, layout: Layout, weight: Weight) -> Held:
     side = free_side(shape, taken, ranks)
     part = math.ceil(shape[side] / ranks) * (whole // shape[side])
     layer = "layer" if weight.name.startswith("layer.") else ROOT
-    unit = f"bank {weight.group}" if apart else layer
+    lent = weight.group is not None and work.model.expert_share_every > 1
+    unit = f"bank {weight.group}" if apart or lent else layer
     first = side == 0 and taken <= {0}
     return Held(weight, over, whole, part * ranks, part, first, unit)
 
@@ -135,15 +136,19 @@ def _of_weights(work: Workload, layout: Layout) -> Iterator[Message]:
     recipe, units = work.recipe, held(work, layout)
     for name in sorted({each.unit for each in units}):
         parts = [each for each in units if each.unit == name]
-        over, num = parts[0].over, parts[0].weight.num
+        over = parts[0].over
         size = WIDE * sum(each.padded for each in parts)
         gathers = 1 + (recipe.parallel.reshard and name != ROOT)  # for the backward pass, too
-        count = recipe.accumulate * num
+        first = parts[0].weight  # experts that layers share are gathered by each, and reduced once
+        gathers *= recipe.accumulate * first.uses
+        count = recipe.accumulate * first.num
+        trained = [each for each in parts if each.weight.trained]
         if layout.side(over)[0] > 1:
-            yield Message("all-gather", over, size, count * gathers, hidden=True)
-            yield Message("reduce-scatter", over, size, count, hidden=True)
+            reduced = WIDE * sum(each.padded for each in trained)
+            yield Message("all-gather", over, size, gathers, hidden=True)
+            yield Message("reduce-scatter", over, reduced, count, hidden=True)
         if layout.replicate > 1:
-            mine = WIDE * sum(each.mine for each in parts)
+            mine = WIDE * sum(each.mine for each in trained)
             yield Message("all-reduce", "replicate", mine, count, hidden=True)
 
 
@@ -156,7 +161,7 @@ def _of_experts(work: Workload, layout: Layout) -> Iterator[Message]:
     again = recipe.parallel.recompute != "none"
     for group in model.groups.values():
         if group.num_experts > 1:
-            rows = ids * work.share_of(group) * group.num_active * model.width
+            rows = ids * work.share_of(group) * group.mean_active * model.width
             # there and back as products take and give it; gradients likewise
             yield Message("all-to-all", "expert", rows * work.products, 2 * count * (2 + again))
             yield Message("all-to-all", "expert", 8 * group.num_experts, count * (1 + again))
@@ -173,7 +178,10 @@ def _of_tensors(work: Workload, layout: Layout) -> Iterator[Message]:
     yield Message("all-reduce", "tensor", ids * model.width * WIDE, count)
     yield Message("all-reduce", "tensor", WIDE * model.width_per_head, 2 * count)  # of QK-norm
     for group in model.groups.values():
-        rows = ids * work.share_of(group) * group.num_active * model.width
+        # rows of identity experts go along, unless experts are elsewhere
+        apart = layout.expert > 1 and group.num_experts > 1
+        experts = group.mean_active if apart else group.num_active
+        rows = ids * work.share_of(group) * (experts + (group.shared_hidden > 0)) * model.width
         yield Message("all-reduce", "tensor", rows * work.products, forward + count)
 
 
@@ -194,7 +202,8 @@ def gathered_by_muon(work: Workload, layout: Layout) -> list[Held]:
     if work.recipe.optim.kind != "muon":
         return []
     stays = [each for each in held(work, layout) if each.weight.group and each.first]
-    return [e for e in held(work, layout) if e.weight.orthogonal and e not in stays]
+    trained = [each for each in held(work, layout) if each.weight.trained]
+    return [e for e in trained if e.weight.orthogonal and e not in stays]
 
 
 def work_bytes(work: Workload) -> int:

@@ -30,7 +30,9 @@ class Weight:
     name: str  # without the layer's number
     shape: tuple[int, ...]
     num: int  # layers that have it; 1 of the root
+    uses: int  # layers that compute with one of these; more than `num` where layers lend experts
     group: str | None  # of experts, where it is a bank's
+    trained: bool  # auxiliary routers are not, until their own training
     orthogonal: bool  # Muon would make it so
     tensor_side: int | None
 
@@ -67,6 +69,11 @@ class Workload:
         return sum(weight.numel * weight.num for weight in self.weights)
 
     @property
+    def num_auxiliary(self) -> int:
+        """Those of the parameters that are in auxiliary routers, which no pretraining uses."""
+        return sum(w.numel * w.num for w in self.weights if ".auxiliary." in w.name)
+
+    @property
     def products(self) -> int:
         return 4 if self.recipe.precision == "fp32" else 2
 
@@ -97,6 +104,8 @@ class Workload:
             "parameters": self.num_parameters,
             "active parameters": active,
             "active share": {m: round(n / self.num_parameters, 4) for m, n in active.items()},
+            "auxiliary parameters": self.num_auxiliary,
+            "activation rates": {n: round(r, 4) for n, r in self.model.activation_rates.items()},
             "flops per token, forward": {m.name.lower(): n for m, n in self.flops.items()},
             "flops per token, training": {m.name.lower(): 3 * n for m, n in self.flops.items()},
             "mix": {m.name.lower(): round(share, 4) for m, share in self.mix.items()},
@@ -123,14 +132,17 @@ def _weights(model: Decoder) -> tuple[Weight, ...]:
             if number != "0":
                 continue
         bank = ".bank." in short
-        num = -(-model.config.num_layers // (model.config.expert_share_every if bank else 1))
+        layers = model.config.num_layers if layer else 1
+        num = -(-layers // (model.config.expert_share_every if bank else 1))
         sides = (side for end, side in TENSOR_SIDES.items() if short.endswith(end))
         weights.append(
             Weight(
                 name=within,
                 shape=tuple(parameter.shape),
-                num=num if layer else 1,
+                num=num,
+                uses=layers,
                 group=short.split(".")[2] if bank else None,
+                trained=parameter.requires_grad,
                 orthogonal=is_matrix(name, parameter),
                 tensor_side=next(sides, None),
             )

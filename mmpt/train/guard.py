@@ -3,6 +3,9 @@
 A spike is a loss of a medium, or a gradient norm, that lies more than some standard deviations
 above its mean over the last steps (OLMo 2, arXiv 2501.00656, section 3, skips so). All ranks judge
 the same sums, so that all skip or none.
+
+A hidden state that is not finite spoils what shares its row, other documents among it (attention
+multiplies what it hides by zero), and no other row; its step is skipped and counted like any.
 """
 
 import math

@@ -8,7 +8,6 @@ checkpoint and return.
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -26,13 +25,7 @@ from mmpt.model.backends import check_backend
 from mmpt.model.float8 import check_float8, float8_linear
 from mmpt.model.transformer import Decoder
 from mmpt.process import StopRequest, requeue
-from mmpt.train.checkpoint import (
-    Checkpoints,
-    Moment,
-    checkpoints_of,
-    find_processor,
-    latest,
-)
+from mmpt.train.checkpoint import Checkpoints, Moment, checkpoints_of, find_processor, latest
 from mmpt.train.clock import Laps
 from mmpt.train.ema import Average
 from mmpt.train.flops import Flops, count_ids, measure_peak
@@ -44,16 +37,17 @@ from mmpt.train.metrics import (
     finite_or_none,
     forget_after,
     last_line,
+    progress_bar,
     shares,
     speed,
     summary,
 )
 from mmpt.train.optim import build_optimizer, learning_rate, set_learning_rate
-from mmpt.train.parallel import Ranks, clip_gradients, gradient_norms
+from mmpt.train.parallel import Ranks, clip_gradients
 from mmpt.train.recipe import RunRecipe, keep_recipe
 from mmpt.train.restore import load_checkpoint
 from mmpt.train.result import Counters, TrainResult
-from mmpt.train.routing import Routing
+from mmpt.train.routing import Routing, router_gradients
 from mmpt.train.stages import NewRowsFirst
 from mmpt.train.stall import Pulse
 from mmpt.train.track import check_installed
@@ -160,7 +154,7 @@ class Trainer:
             closing(self),
             self.watching as watching,
             StopRequest() as stop,
-            _bar(recipe, counters, progress) as bar,
+            progress_bar(recipe.steps, done=counters.step, shown=progress) as bar,
         ):
             while counters.step < recipe.steps and not self._stops(stop):
                 watching.before(counters.step + 1)
@@ -201,7 +195,7 @@ class Trainer:
             self.guard.forget()
         self.stage.apply(counters.step)
         laps.begin("ranks")
-        routers = self._router_gradients()
+        routers = router_gradients(self.model)
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
         total, sums = self._sum(losses, read)
         nats, counts, *noisy = sums[:4].tolist()
@@ -329,18 +323,14 @@ class Trainer:
             )
         if self.ranks.count > 1:  # others wait for this one, though its streams have ended
             rows += [self.loader.padding()] * (self.recipe.accumulate - len(rows))
+        key = mix_keys(self.recipe.seed, self.counters.step)
         batches = [
-            self.objective.prepare(each, self._generators(number, len(each.ids)))
+            self.objective.prepare(
+                each, self.ranks.generators(mix_keys(key, number), len(each.ids))
+            )
             for number, each in enumerate(rows)
         ]
         return [batch.to(self.device) for batch in batches], read
-
-    def _generators(self, batch: int, rows: int) -> list[torch.Generator]:
-        """One for each of this rank's rows of a batch, by its number among those of all ranks."""
-        key = mix_keys(mix_keys(self.recipe.seed, self.counters.step), batch)
-        numbers = range(self.ranks.data_rank, rows * self.ranks.num_data, self.ranks.num_data)
-        seeds = [mix_keys(key, number) >> 1 for number in numbers]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def _backward(self, batch: Any, weight: float, laps: Laps) -> Losses:
         enabled = self.recipe.precision != "fp32"
@@ -353,15 +343,6 @@ class Trainer:
             total = total + routers.sum()
         (total / weight).backward()
         return losses
-
-    def _router_gradients(self) -> dict[str, torch.Tensor]:
-        """Per group (layers,): norms of the gradients of its routers, before they are clipped."""
-        routers = self.model.routers()
-        if not routers:
-            return {}
-        norms = gradient_norms([each for layers in routers.values() for each in layers]).cpu()
-        split = norms.split([len(layers) for layers in routers.values()])
-        return dict(zip(routers, split, strict=True))
 
     def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4) on the host:
@@ -414,18 +395,3 @@ class Trainer:
                 f"{self.counters.step}; begin a new run with a lower optim.lr (now {rate:.2g}): "
                 f"the last good checkpoint is {latest(self.checkpoints)}"
             )
-
-
-def _bar(recipe: RunRecipe, counters: Counters, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets few lines
-    return tqdm(
-        total=recipe.steps,
-        initial=counters.step,
-        unit="step",
-        desc="train",
-        disable=not progress,
-        mininterval=interval,
-        dynamic_ncols=True,
-    )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,18 @@ def last_line(path: Path) -> Metrics:
     """The metrics of the last step that was done, if any."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return json.loads(lines[-1]) if lines else {}
+
+
+def progress_bar(steps: int, *, done: int, shown: bool) -> Any:
+    """A line that tells of the steps on the terminal; few of them where it is a file."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=steps,
+        initial=done,
+        unit="step",
+        desc="train",
+        disable=not shown,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+    )

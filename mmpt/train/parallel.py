@@ -30,11 +30,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from mmpt.config import UserError
+from mmpt.data.order import mix_keys
 from mmpt.model.bank import Bank
 from mmpt.model.collectives import local
 from mmpt.model.config import ModelConfig
+from mmpt.model.layer import Layer
 from mmpt.model.moe import recomputing
-from mmpt.model.transformer import Decoder, Layer
+from mmpt.model.transformer import Decoder
 from mmpt.process import pick_device
 
 SIDES = ("replicate", "outer", "expert", "tensor")
@@ -153,6 +155,11 @@ class Ranks:
             values = values.to(self.device).clone()
             distributed.all_reduce(values, group=self._data)
         return values
+
+    def generators(self, key: int, rows: int) -> list[torch.Generator]:
+        """One for each of this rank's rows of a batch, by its number among those of all ranks."""
+        numbers = range(self.data_rank, rows * self.num_data, self.num_data)
+        return [torch.Generator().manual_seed(mix_keys(key, number) >> 1) for number in numbers]
 
     def sum_loads(self, model: Decoder) -> None:
         """Add up what the experts counted on all ranks."""

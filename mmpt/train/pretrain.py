@@ -68,7 +68,8 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
     routers = recipe.objective == "routers"
     if routers and not recipe.start:
         raise UserError("objective = routers trains those of a trained model; name it by start")
-    warn_of_rates(recipe.model)
+    if unlikely := unusual_rates(recipe.model):
+        log.warning(unlikely)
     start = find_model(recipe.start) if recipe.start else None
     if start is not None and recipe.codes_from:
         raise UserError("start and codes_from both say what the first weights are; leave one out")
@@ -105,15 +106,15 @@ def pretrainer(recipe: TrainRecipe, run: str | Path, *, vocabulary: Vocabulary) 
     )
 
 
-def warn_of_rates(model: ModelConfig) -> None:
-    """Say where an id meets so small or large a share of the experts that it rarely pays."""
+def unusual_rates(model: ModelConfig) -> str | None:
+    """Says where an id meets so small or large a share of the experts that it rarely pays."""
     if sum(group.num_experts for group in model.groups.values() if not group.noisy) == 1:
-        return  # dense, on purpose
+        return None  # dense, on purpose
     low, high = USEFUL_RATES
     rates = [f"{n} {r:.0%}" for n, r in model.activation_rates.items() if not low <= r <= high]
-    if rates:
-        log.warning(
-            "the share of a layer's weights that an id meets is %s; %.0f to %.0f %% paid in "
-            "arXiv 2506.12119: change num_experts, num_active or expert_hidden",
-            *(", ".join(rates).replace("%", " %"), 100 * low, 100 * high),
-        )
+    if not rates:
+        return None
+    return (
+        f"the share of a layer's weights that an id meets is {', '.join(rates)}; {low:.0%} to "
+        f"{high:.0%} paid in arXiv 2506.12119: change num_experts, num_active or expert_hidden"
+    ).replace("%", " %")

@@ -13,7 +13,7 @@ from mmpt.decode.sampling import Sampling
 from mmpt.eval.config import EvaluateConfig
 from mmpt.model.backends import Backend
 from mmpt.model.config import ModelConfig, NoiseConfig, Router
-from mmpt.model.transformer import read_config
+from mmpt.model.weights import read_config
 from mmpt.train.checkpoint import find_model
 from mmpt.train.guard import GuardConfig
 from mmpt.train.optim import OptimConfig

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from mmpt.model.transformer import Decoder
+from mmpt.train.parallel import gradient_norms
+
 DEAD = 100  # steps with ids for its group, but none for itself, after which an expert counts so
 
 
@@ -59,6 +62,16 @@ class Routing:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._idle = {name: torch.tensor(idle) for name, idle in state.items()}
+
+
+def router_gradients(model: Decoder) -> dict[str, torch.Tensor]:
+    """Per group (layers,): norms of the gradients of its routers, before they are clipped."""
+    routers = model.routers()
+    if not routers:
+        return {}
+    norms = gradient_norms([each for layers in routers.values() for each in layers]).cpu()
+    split = norms.split([len(layers) for layers in routers.values()])
+    return dict(zip(routers, split, strict=True))
 
 
 def _finite(values: torch.Tensor, digits: int = 4) -> list[float | int | None]:

@@ -8,7 +8,7 @@ import torch
 
 from mmpt.bench import data, harness, olmoe, train
 from mmpt.bench.train import loss_of, loss_of_peer
-from mmpt.model.transformer import Layer
+from mmpt.model.layer import Layer
 from mmpt.train.loop import Trainer
 
 pytest.importorskip("transformers")

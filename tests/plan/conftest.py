@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from mmpt.data.loader import DataConfig, SourceConfig
 from mmpt.model.config import GroupConfig, ModelConfig
@@ -48,3 +50,16 @@ def large(recipe) -> TrainRecipe:
     )
     data = replace(recipe.data, rows=4096, length=4096)
     return replace(recipe, model=model, data=data, precision="bf16", device="cuda")
+
+
+@pytest.fixture(scope="session")
+def cpu_attention():
+    """Operations of CPUs' attention, which the counter does not know."""
+    return {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+        ),
+    }

@@ -11,11 +11,7 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmpt.__main__ import main
 from mmpt.config import UserError
@@ -35,14 +31,6 @@ from mmpt.vocab import Modality
 RECIPE = Path("examples/recipes/tiny.toml")
 H100 = MACHINES["h100"]
 ROWS, LENGTH = 8, 96
-CPU_ATTENTION = {  # which the counter does not know
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
-    ),
-}
 
 
 def run(model, autocast=False, rows=ROWS):
@@ -65,12 +53,12 @@ def test_parameters_are_those_of_the_built_model(recipe):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_flops_are_those_that_a_counter_sees(recipe, recompute):
+def test_flops_are_those_that_a_counter_sees(recipe, recompute, cpu_attention):
     recipe = replace(recipe, parallel=ParallelConfig(recompute=recompute))
     model = Decoder.from_config(recipe.model).train()
     for layer in model.layers:
         layer.recompute = _contexts(recompute)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         hidden, ids, modality = run(model)
         flat = hidden.flatten(0, 1)
         ones = torch.ones(len(flat))

@@ -72,3 +72,21 @@ def test_a_run_skips_a_spike_and_leaves_its_weights(tmp_path, recipe, vocabulary
     assert metrics["skipped"] == "the loss spikes"
     assert metrics["bad_steps"] == 1
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_a_step_with_one_hidden_state_that_is_nan_is_skipped(tmp_path, recipe, vocabulary):
+    trainer = pretrainer(recipe, tmp_path / "run", vocabulary=vocabulary)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+
+    def spoil(module, inputs, output):
+        y_BTD = output.clone()
+        y_BTD[0, 3] = math.nan
+        return y_BTD
+
+    hook = trainer.model.layers[0].attention.register_forward_hook(spoil)
+    metrics = trainer.step()
+    assert (metrics["skipped"], metrics["bad_steps"]) == ("the loss is not finite", 1)
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert all(b.isfinite().all() for b in trainer.model.buffers())
+    hook.remove()
+    assert trainer.step()["skipped"] is None
