@@ -12,9 +12,10 @@ Self-speculation writes the ids of autoregressive decoding (also shown), at temp
 drafts it accepts depends on the weights, and of random ones next to none, the worst case.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,19 +36,24 @@ from mmpt.vocab import Modality, Vocabulary
 PROMPT = 16  # ids before the codes
 EQUAL = 1e-9  # relative, in float64
 SHOWN = 256  # codes, of which that is shown at most
-PASSES = {64: 8, 256: 12, 1024: 16, 4096: 25}  # of a block of so many codes
+# of a block of so many codes, in which it is denoised; the last one also beside the peer
+PASSES = {64: (4, 8), 256: (11,), 1024: (16,), 4096: (25,)}
 MEDIUM = {"width": 1024, "num_layers": 24, "num_heads": 16, "num_kv_heads": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A model of random weights, and what is decoded with it; peer: also beside transformers."""
+    """A model of random weights, and what is decoded with it.
+
+    peer: also beside transformers. speculate: also by self-speculation.
+    """
 
     name: str
     model: ModelConfig
     codes: int
-    batches: Sequence[int] = (1, 8)
+    batch: int = 1
     peer: bool = True
+    speculate: bool = False
 
     @property
     def case(self) -> Case:
@@ -55,85 +61,94 @@ class Setup:
         new, medium = self.codes, Modality.IMAGE
         return Case(name=self.name, model=self.model, prompt=PROMPT, new=new, medium=medium)
 
-    def named(self, batch: int, what: str) -> str:
+    def named(self, what: str) -> str:
         """The case of a row."""
-        return f"{self.name}, {self.codes} codes {what}, batch {batch}"
+        return f"{self.name}, {self.codes} codes {what}, batch {self.batch}"
 
 
 _TINY = dense(expert_hidden=320, **TINY)
 _SMALL = dense(expert_hidden=1408, **SMALL)  # 26M parameters in its layers
 _MEDIUM = dense(expert_hidden=4096, **MEDIUM)  # 380M parameters, those of noisy ids aside
-SETUPS = {
+SETUPS = {  # on CPUs few: one code a pass takes long
     "cpu": (
-        Setup(name="tiny", model=_TINY, codes=64),
+        Setup(name="tiny", model=_TINY, codes=64, speculate=True),
+        Setup(name="tiny", model=_TINY, codes=64, batch=8, peer=False, speculate=True),
         Setup(name="tiny", model=_TINY, codes=256),
-        Setup(name="tiny", model=_TINY, codes=1024, batches=(1,), peer=False),
-        Setup(name="512 wide", model=_SMALL, codes=64, batches=(1,)),
-        Setup(name="512 wide", model=_SMALL, codes=256, batches=(1,), peer=False),
+        Setup(name="tiny", model=_TINY, codes=256, batch=8, peer=False),
+        Setup(name="tiny", model=_TINY, codes=1024, peer=False),
+        Setup(name="512 wide", model=_SMALL, codes=64),
     ),
-    "cuda": (
-        *(Setup(name="tiny", model=_TINY, codes=codes, peer=codes < 4096) for codes in PASSES),
-        *(
-            Setup(name="1024 wide", model=_MEDIUM, codes=codes, peer=codes < 4096)
-            for codes in PASSES
-        ),
+    "cuda": tuple(
+        Setup(
+            name=name,
+            model=model,
+            codes=codes,
+            batch=batch,
+            peer=codes < 4096,
+            speculate=codes <= 256,
+        )
+        for name, model in (("tiny", _TINY), ("1024 wide", _MEDIUM))
+        for codes in PASSES
+        for batch in (1, 8)
     ),
 }
 DTYPES = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
-SPECULATED = 64  # codes at most, for on CPUs it gains nothing
 
 
 def parallel_rows(device: str) -> Iterator[Row]:
-    """Of each setup and batch, on a device."""
-    kind = device.split(":")[0]
-    for setup in SETUPS[kind]:
-        for batch in setup.batches:
-            yield from measure(setup, batch, device)
+    """Of each setup, on a device."""
+    for setup in SETUPS[device.split(":")[0]]:
+        yield from measure(setup, device)
 
 
-def measure(setup: Setup, batch: int, device: str) -> Iterator[Row]:
+def measure(setup: Setup, device: str) -> Iterator[Row]:
     """Its rows, after what can be shown equal was."""
     if setup.peer:
-        show_equal(setup.case, batch, device)
+        show_equal(setup.case, setup.batch, device)
     precision, dtype = DTYPES[device.split(":")[0]]
-    blocks = Blocks(setup, batch, device)
-    blocks.pair.to(torch.float64)
+    blocks = Blocks(setup, device)
+    pair = blocks.pair.to(torch.float64)
     blocks.show_exact()
-    accepted = blocks.show_speculation() if setup.codes <= SPECULATED else 0.0
-    pair = blocks.pair.to(dtype)
-    passes = PASSES[setup.codes]
-    in_passes = setup.named(batch, f"in {passes} passes and a commit (NFE {passes + 1})")
-    against = [("mmpt, one code a pass", pair.ours)]
-    if setup.peer:
-        pair.use_fastest()
-        name = f"transformers {type(pair.peer).__name__}, {pair.setting}"
-        against.append((name, pair.theirs))
-    functions = [(in_passes, blocks.denoised, other) for other in against]
-    if setup.codes <= SPECULATED:
-        what = f"self-speculated, random weights: {accepted:.0%} of drafts accepted"
-        functions.append((setup.named(batch, what), blocks.speculated, against[0]))
-    for case, function, (name, other) in functions:
-        result = compare(function, other, device=device)
-        yield Row(
-            case=case,
+    accepted = blocks.show_speculation() if setup.speculate else 0.0
+    pair.to(dtype)
+    against, number = ("mmpt, one code a pass", pair.ours), setup.batch * setup.codes
+
+    def row(what: str, ours: Callable[[], Any], peer: tuple[str, Callable[[], Any]]) -> Row:
+        result = compare(ours, peer[1], device=device)
+        return Row(
+            case=setup.named(what),
             device=device,
             dtype=precision,
             unit="codes/s",
-            ours=batch * setup.codes / result.ours,
-            peer=batch * setup.codes / result.peer,
-            peer_name=name,
+            ours=number / result.ours,
+            peer=number / result.peer,
+            peer_name=peer[0],
             ratio=result.ratio,
             low=result.low,
             high=result.high,
         )
 
+    def denoised(passes: int, peer: tuple[str, Callable[[], Any]]) -> Row:
+        what = f"in {passes} passes and a commit (NFE {passes + 1})"
+        return row(what, partial(blocks.denoised, passes), peer)
+
+    for passes in PASSES[setup.codes]:
+        yield denoised(passes, against)
+    if setup.speculate:
+        what = f"self-speculated, random weights: {accepted:.0%} of drafts accepted"
+        yield row(what, blocks.speculated, against)
+    if setup.peer:
+        pair.use_fastest()
+        name = f"transformers {type(pair.peer).__name__}, {pair.setting}"
+        yield denoised(PASSES[setup.codes][-1], (name, pair.theirs))
+
 
 class Blocks:
     """A block of codes behind each prompt, by a model that can denoise."""
 
-    def __init__(self, setup: Setup, batch: int, device: str) -> None:
+    def __init__(self, setup: Setup, device: str) -> None:
         self.setup = setup
-        self.pair = Pair(setup.case, setup.model, batch, device)
+        self.pair = Pair(setup.case, setup.model, setup.batch, device)
         self.pair.model.add_noisy_groups()
         self.vocabulary, self.prompts = self.pair.vocabulary, self.pair.prompts
 
@@ -148,13 +163,13 @@ class Blocks:
     def _generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(row) for row in range(len(self.prompts))]
 
-    def denoised(self) -> np.ndarray:
+    def denoised(self, num_passes: int) -> np.ndarray:
         """int64 (batch, codes); the commit is a prefill, which takes the prompt's few ids anew."""
         codes = denoise_block(
             *self._given,
             modality=Modality.IMAGE,
             length=self.setup.codes,
-            num_passes=PASSES[self.setup.codes],
+            num_passes=num_passes,
             sampling=Sampling(),
             generators=self._generators(),
         )

@@ -29,7 +29,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "CACHES", pair.CACHES[:2])
     monkeypatch.setattr(pair, "NUM_TEXT", 50)
     monkeypatch.setattr(pair, "NUM_CODES", 40)
-    monkeypatch.setattr(decode_parallel, "PASSES", {9: 2})
+    monkeypatch.setattr(decode_parallel, "PASSES", {9: (2,)})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -66,14 +66,14 @@ def test_a_row_says_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.ratio == pytest.approx(row.ours / row.peer)
 
 
-BLOCK = Setup(name="block", model=dense(**SIZES), codes=9, batches=(3,))
+BLOCK = Setup(name="block", model=dense(**SIZES), codes=9, batch=3, speculate=True)
 
 
 def test_blocks_are_timed_beside_one_code_a_pass_and_the_peer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode_parallel, "SETUPS", {"cpu": (BLOCK,)})
-    ours, peers, speculated = decode_parallel.parallel_rows("cpu")
+    ours, speculated, peers = decode_parallel.parallel_rows("cpu")
     assert ours.case == peers.case == "block, 9 codes in 2 passes and a commit (NFE 3), batch 3"
     assert speculated.case.startswith("block, 9 codes self-speculated, random weights: ")
     assert ours.peer_name == speculated.peer_name == "mmpt, one code a pass"
@@ -83,7 +83,7 @@ def test_blocks_are_timed_beside_one_code_a_pass_and_the_peer(
 
 
 def test_a_pass_that_sees_too_much_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = Blocks(BLOCK, 2, "cpu")
+    blocks = Blocks(BLOCK, "cpu")
     blocks.pair.to(torch.float64)
     blocks.show_exact()
     forward = decode_parallel.joint_forward
