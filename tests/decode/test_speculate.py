@@ -163,6 +163,7 @@ def test_the_cache_is_that_of_an_autoregressive_prefill(
 def _seen(prefix: Prefix, layer, row: int) -> torch.Tensor:
     # keys and values (2, K, ids, W) of a row by position, without pads
     layout = prefix.cache.layout
+    assert layout is not None
     assert (layout.block[row][layout.document[row] >= 0] == -1).all()
     slots = (layout.document[row] >= 0).nonzero()[:, 0]
     slots = slots[layout.position[row, slots].argsort()]
