@@ -8,6 +8,7 @@ kept carries no gradient; what only reads gets its own.
 Legend: B batch, T new ids, S slots, K key-value heads, W head width.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,10 @@ class LayerCache:
         chosen._length = self._length
         chosen._slots = None if self._slots is None else self._slots[rows]
         return chosen
+
+    def shorten(self, length: int) -> None:
+        """Keep the first `length` slots; the others are free again."""
+        self._length = length
 
     def _join(self, which: int, new: torch.Tensor) -> torch.Tensor:
         if self._slots is None:
@@ -101,3 +106,18 @@ class KVCache:
         """Record the layout of ids whose keys the layers have just appended."""
         self._layouts.append(layout)
         self._length += layout.document.shape[1]
+
+    def retract(self, kept: torch.Tensor) -> None:
+        """Of the last T ids keep those of bool (B, T): nobody sees the others any more.
+
+        Slots at the end that no row keeps are free again.
+        """
+        layout, width = self.layout, kept.shape[1]
+        assert layout is not None
+        column = torch.arange(1, width + 1, device=kept.device)
+        self._length += int((kept.any(0) * column).max()) - width
+        document = layout.document.clone()
+        document[:, -width:].masked_fill_(~kept, -1)
+        self._layouts = [replace(layout, document=document).first(self._length)]
+        for layer in self.layers:
+            layer.shorten(self._length)

@@ -39,6 +39,10 @@ class Layout:
         parts = ([getattr(each, f.name) for each in (self, *others)] for f in fields(self))
         return Layout(*(torch.cat(part, dim=1) for part in parts))
 
+    def first(self, count: int) -> "Layout":
+        """The layout of the first ids of each row."""
+        return Layout(*(getattr(self, f.name)[:, :count] for f in fields(self)))
+
 
 def sees(
     document: torch.Tensor,

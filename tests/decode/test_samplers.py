@@ -120,4 +120,11 @@ def test_consistent_samplers_draw_from_the_joint(joint, path, denoising):
 @pytest.mark.parametrize("sampler", ["euler", "tau"])
 def test_the_metric_path(joint, sampler):
     for n in (5, 25, 100, 400):
-        print(sampler, n, chi_square(joint, sample(joint, Denoising(sampler=sampler, num_passes=n), path_of("metric"))[-1]))
+        print(
+            sampler,
+            n,
+            chi_square(
+                joint,
+                sample(joint, Denoising(sampler=sampler, num_passes=n), path_of("metric"))[-1],
+            ),
+        )
