@@ -26,6 +26,7 @@ from mmpt.decode.ar import Prefix
 from mmpt.decode.denoise import denoise_block
 from mmpt.decode.dida import corrupt, joint_forward
 from mmpt.decode.noise import Alphabet
+from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speculate import Speculated, speculate_block
 from mmpt.model.config import ModelConfig
@@ -169,7 +170,7 @@ class Blocks:
             *self._given,
             modality=Modality.IMAGE,
             length=self.setup.codes,
-            num_passes=num_passes,
+            denoising=Denoising(num_passes=num_passes),
             sampling=Sampling(),
             generators=self._generators(),
         )

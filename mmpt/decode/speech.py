@@ -4,6 +4,8 @@ The model writes each span's header one id at a time, and so decides how long th
 whether another one follows; the codes are filled in by either decoder.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -30,16 +32,42 @@ def speak(
     generator: torch.Generator,
     unconditional: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The prompt and at least one span of speech behind it, as ids (n,).
+    """The prompt and what `speak_spans` yields behind it, as ids (n,)."""
+    spans = speak_spans(
+        model,
+        vocabulary,
+        prompt,
+        max_codes=max_codes,
+        denoising=denoising,
+        sampling=sampling,
+        generator=generator,
+        unconditional=unconditional,
+    )
+    return np.concatenate([prompt, *spans])
+
+
+def speak_spans(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompt: np.ndarray,
+    *,
+    max_codes: int,
+    denoising: Denoising | None,
+    sampling: Sampling,
+    generator: torch.Generator,
+    unconditional: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """At least one span of speech behind the prompt, each as ids (n,) as soon as it is written.
 
     prompt: ids that end outside a span. denoising: None decodes one id at a time; samplers by order
-    take as many passes as a short span has codes. It ends when the model ends the document, or after `max_codes` codes.
+    take at most as many passes as a span has codes. It ends when the model ends the document
+    (`<eod>` comes last then), or after `max_codes` codes.
     """
     most, num_codebooks = speech_span(vocabulary), vocabulary.num_codebooks(SPEECH)
     begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
     ids = np.append(prompt, begin)
     free = None if unconditional is None else np.append(unconditional, begin)
-    left = max_codes
+    left, shown = max_codes, len(prompt)
     while True:
         sizes = range(num_codebooks, max(num_codebooks, min(most, left)) + 1, num_codebooks)
         [header] = generate(
@@ -57,7 +85,8 @@ def speak(
         ids = np.append(ids, header)
         size = vocabulary.size_of(int(header[-1]))
         if size is None:  # <eod>: nothing more to say
-            return ids
+            yield ids[shown:]
+            return
         free = None if free is None else np.append(free, header)
         options = {
             "modality": SPEECH,
@@ -74,5 +103,7 @@ def speak(
         ids = np.concatenate([ids, codes, [end]])
         free = None if free is None else np.concatenate([free, codes, [end]])
         left -= size
+        yield ids[shown:]
+        shown = len(ids)
         if left <= 0:
-            return ids
+            return
