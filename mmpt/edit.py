@@ -6,6 +6,7 @@ stands for is. Held codes are shown clean to every pass, so the new ones fit the
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ def parse_edit(part: Part, redo: str) -> Edit:
     if len(numbers) == 2 and isinstance(part, Video | Audio):
         return Edit.stretch(part, start=numbers[0], stop=numbers[1])
     raise UserError(
-        f"{redo!r} names no region of {type(part).__name__}; use TOP,LEFT,HEIGHT,WIDTH in pixels of "
-        "a picture, START,STOP in seconds of a sound, either of a video"
+        f"{redo!r} names no region of {type(part).__name__}; use TOP,LEFT,HEIGHT,WIDTH in pixels "
+        "of a picture, START,STOP in seconds of a sound, either of a video"
     )
 
 
@@ -122,7 +123,7 @@ def _pool_sound(
     redo: torch.Tensor, num_frames: int, part: Audio, processor: Processor
 ) -> torch.Tensor:
     """float (num_frames,): whether a sample of each code frame, whose last is padded, is chosen."""
-    codec = processor.media[Modality.SPEECH]
+    codec: Any = processor.media[Modality.SPEECH]
     samples = Fraction(codec.samples_per_code * part.sample_rate, codec.sample_rate)
     length = max(len(redo), round(num_frames * samples))
     return F.adaptive_max_pool1d(F.pad(redo, (0, length - len(redo)))[None], num_frames)[0]

@@ -128,8 +128,8 @@ class Pipeline:
         if begin is not None and to != "video":
             raise UserError("begin is a clip to continue; it needs to='video'")
         if edit is not None:
-            settings = {"decoder": "dida", **settings}
-            yield from self._edit(self._segments(parts), edit, to, begin, seed, _settings(settings))
+            chosen = _settings({"decoder": "dida"} | settings)
+            yield from self._edit(self._segments(parts), edit, to, begin, seed, chosen)
             return
         chosen = _settings(settings)
         if to is None:
@@ -363,7 +363,7 @@ class Pipeline:
             "generators": generators,
             "unconditional": None if free is None else [b.build().ids for b in free],
         }
-        if settings.decoder == "dida":
+        if settings.decoder == "dida" and self.model.config.noise.text_block:
             steps = _blocks_of_text(
                 denoise_text(self.model, vocabulary, prompts, denoising=settings, **options)
             )
@@ -497,7 +497,7 @@ def generate(
         raise UserError("--redo says what of a file is made anew; name it with --edit FILE")
     if out is None and (to != "text" or edit is not None):
         raise UserError(f"the result will be {to}; say where to save it with --out FILE")
-    settings = {
+    settings: dict[str, Any] = {
         "decoder": decoder,
         "guidance": guidance,
         "temperature": temperature,
@@ -514,7 +514,8 @@ def generate(
     if changed is None:
         result = pipeline(*read, to=to, seed=seed, **settings)
     else:
-        result = pipeline(*read, edit=changed, seed=seed, **settings | {"decoder": "dida"})
+        settings["decoder"] = "dida"
+        result = pipeline(*read, edit=changed, seed=seed, **settings)
     [part] = result
     if out is not None:
         part.save(out)

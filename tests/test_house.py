@@ -28,13 +28,12 @@ RANKS = (
         "flat",
         "stream",
         "doctor",
-        "results",
         "process",
     ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     # a run is evaluated, and shows samples, while it trains
-    ("decode", "train", "eval", "plan", "pipeline", "convert"),
+    ("decode", "results", "edit", "train", "eval", "plan", "pipeline", "convert"),
     ("showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -142,10 +142,6 @@ class Checking(Prefix):
                 for token in row[:number]:
                     axes.push(token)
 
-    def score(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Guided scores (B, n, V) of hidden states (rows, n, D)."""
-        return self._guided(self._logits(hidden, candidates))
-
     def _places(self, known: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
         if not self._axes:
             return None
@@ -249,7 +245,7 @@ class _Block:
 
     def _probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """float64 (B, n, V): the next codes', of hidden states (rows, n, D) before them."""
-        scores = self._prefix.score(hidden, self._ids_V)
+        scores = self._prefix.scores(self._ids_V, hidden)
         other = self._ahead(self._book, hidden.shape[1])[..., None] != self._book_V
         return self._sampling.probabilities(scores.masked_fill(other, -torch.inf))
 
