@@ -111,9 +111,8 @@ class Pipeline:
         """Many answers of one medium; prompt i with seed i gives what a single call gives."""
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        return _last(
-            self._run([self._segments(p) for p in prompts], to, list(seeds), _settings(settings))
-        )
+        segments = [self._segments(p) for p in prompts]
+        return _last(self._run(segments, to, list(seeds), _settings(settings), show=False))
 
     def stream(
         self,
@@ -160,7 +159,10 @@ class Pipeline:
         seeds: list[int],
         settings: Settings,
         begin: Video | None = None,
+        *,
+        show: bool = True,
     ) -> Iterator[list[Event]]:
+        """show: previews, which have to be decoded."""
         modality = Modality[to.upper()] if to.upper() in Modality.__members__ else None
         if modality is None:
             raise UserError(f"to = {to!r}; choose text, image, video or speech")
@@ -189,7 +191,9 @@ class Pipeline:
                 )
         for builder in [*builders, *(free or [])]:
             builder.header(modality, shape)
-        yield from self._fill(builders, free, modality, shape, given, seeds, generators, settings)
+        yield from self._fill(
+            builders, free, modality, shape, given, seeds, generators, settings, show=show
+        )
 
     @torch.inference_mode()
     def _edit(
@@ -242,7 +246,8 @@ class Pipeline:
     ) -> Iterator[Event]:
         """Span by span; those behind a stretch are not seen by it."""
         vocabulary, size = self.processor.vocabulary, speech_span(self.processor.vocabulary)
-        for span in np.split(held, range(size, len(held), size)):
+        pieces = np.split(held, range(size, len(held), size))
+        for span in pieces:
             both = [builder] if free is None else [builder, free]
             prompts = [
                 np.concatenate([each.build().ids, _header(vocabulary, len(span))]) for each in both
@@ -265,7 +270,7 @@ class Pipeline:
                 each.media(Modality.SPEECH, codes)
         ids = builder.build().ids
         spans = [s for s in parse(ids, vocabulary) if s.modality == Modality.SPEECH]
-        parts = self.processor.decode_segments(spans[-(-len(held) // -size) :])
+        parts = self.processor.decode_segments(spans[-len(pieces) :])
         yield PartDone(parts[0])
         yield self._result(parts, seed, settings, ids)
 
@@ -302,6 +307,7 @@ class Pipeline:
         generators: list[torch.Generator],
         settings: Settings,
         held: list[np.ndarray] | None = None,
+        show: bool = True,
     ) -> Iterator[list[Event]]:
         vocabulary = self.processor.vocabulary
         before = vocabulary.ids_of(modality, given.reshape(-1))
@@ -321,8 +327,9 @@ class Pipeline:
                 self.model, vocabulary, prompts, denoising=settings, held=held, **options
             ):
                 codes = preview.codes
-                shown = self._finished(modality, shape, before, codes)
-                yield [Preview(part, preview.done, preview.total) for part in shown]
+                if show:
+                    shown = self._finished(modality, shape, before, codes)
+                    yield [Preview(part, preview.done, preview.total) for part in shown]
         parts = self._finished(modality, shape, before, codes)
         yield [PartDone(part) for part in parts]
         yield [

@@ -9,24 +9,31 @@ import pytest
 import torch
 
 from mmpt.config import UserError
+from mmpt.edit import Edit
 from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
 from mmpt.parts import Audio, Image, Text, Video
 from mmpt.pipeline import Pipeline, generate, save_model
 from mmpt.processor import Processor
 from mmpt.results import PartDone, Preview, Result, TextDelta
+from mmpt.stream import parse
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.image import ImageCodec
 from mmpt.tokenizers.quantize import QuantizerConfig
 from mmpt.tokenizers.speech import SpeechCodec
+from mmpt.vocab import Modality
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("codecs")
 
 
 @pytest.fixture(scope="module")
 def pipeline(
-    image_codec: Codec, video_codec: Codec, speech_codec: Codec, text_codec: Codec, tmp_path_factory
+    image_codec: Codec, video_codec: Codec, speech_codec: Codec, text_codec: Codec, folder: Path
 ) -> Pipeline:
-    codecs = [text_codec, image_codec, video_codec, speech_codec]
-    return build_pipeline(tmp_path_factory.mktemp("codecs"), codecs)
+    return build_pipeline(folder, [text_codec, image_codec, video_codec, speech_codec])
 
 
 def build_pipeline(folder: Path, codecs: Sequence[Codec]) -> Pipeline:
@@ -186,3 +193,79 @@ def test_long_words_are_no_file_and_a_missing_out_is_said_at_once(tmp_path: Path
         generate(tmp_path, ["a" * 5000], to="text")
     with pytest.raises(UserError, match="--out"):
         generate(tmp_path, ["a"], to="image")
+
+
+def made_codes(
+    pipeline: Pipeline, made: Result, modality: Modality, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Local codes of the span that the ids of a result end in."""
+    ids = made.ids[-int(np.prod(shape)) :]
+    return pipeline.processor.vocabulary.codes_of(modality, ids).reshape(shape)
+
+
+def test_an_edit_holds_what_is_not_made_anew(pipeline: Pipeline) -> None:
+    rng = np.random.default_rng(0)
+    image = Image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    edit = Edit.box(image, top=0, left=8, height=16, width=8)
+    segment, redo = edit.encode(pipeline.processor)
+    made = pipeline("apple", edit=edit, num_passes=2, guidance=2.0, seed=1)
+    codes = made_codes(pipeline, made, Modality.IMAGE, redo.shape)
+    assert np.array_equal(codes[~redo], segment.codes[~redo])
+    assert not np.array_equal(codes, segment.codes)
+    assert made[0].pixels.shape == (16, 16, 3)
+    clip = Video(rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8), 12.0)
+    edit = Edit.stretch(clip, start=0.1, stop=0.3)
+    segment, redo = edit.encode(pipeline.processor)
+    events = list(pipeline.stream(edit=edit, num_passes=2))
+    made = events[-1]
+    codes = made_codes(pipeline, made, Modality.VIDEO, redo.shape)
+    assert np.array_equal(codes[~redo], segment.codes[~redo])
+    assert made[0].frames.shape == clip.frames.shape
+    assert sum(isinstance(event, Preview) for event in events) == 3  # two passes, and the held end
+
+
+def test_a_stretch_of_a_sound_is_made_anew(pipeline: Pipeline) -> None:
+    wave = np.random.default_rng(0).normal(0, 0.1, 4 * 16000).clip(-1, 1).astype(np.float32)
+    edit = Edit.stretch(Audio(wave, 16000), start=1.0, stop=1.5)
+    segment, redo = edit.encode(pipeline.processor)
+    made = pipeline("hello", edit=edit, num_passes=2, seed=1)
+    spans = [
+        s for s in parse(made.ids, pipeline.processor.vocabulary) if s.modality == Modality.SPEECH
+    ]
+    codes = np.concatenate([span.codes for span in spans])
+    assert len(spans) > 1
+    assert np.array_equal(codes[~redo], segment.codes[~redo])
+    assert abs(made[0].seconds - 4) < 0.2
+
+
+def test_an_edit_is_reached_from_the_command_line(
+    pipeline: Pipeline, tmp_path: Path, folder: Path
+) -> None:
+    image = Image(np.zeros((16, 16, 3), dtype=np.uint8))
+    image.save(tmp_path / "in.png")
+    told = generate(
+        folder / "model",
+        ["apple"],
+        edit=tmp_path / "in.png",
+        redo="0,0,8,8",
+        out=tmp_path / "out.png",
+        setting=["num_passes=2", "schedule=cosine"],
+    )
+    assert told["settings"]["schedule"] == "cosine"
+    assert Image.load(tmp_path / "out.png").pixels.shape == (16, 16, 3)
+    with pytest.raises(UserError, match="names no region"):
+        generate(
+            folder / "model", [], edit=tmp_path / "in.png", redo="1,2,3", out=tmp_path / "o.png"
+        )
+    with pytest.raises(UserError, match="--edit FILE"):
+        generate(folder / "model", [], redo="0,0,8,8", out=tmp_path / "o.png")
+
+
+def test_what_an_edit_cannot_be_is_refused(pipeline: Pipeline) -> None:
+    edit = Edit.extend(Image(np.zeros((16, 16, 3), dtype=np.uint8)), right=8)
+    with pytest.raises(UserError, match="decoder='dida'"):
+        pipeline(edit=edit, decoder="ar")
+    with pytest.raises(UserError, match="leave out to"):
+        pipeline(edit=edit, to="video")
+    with pytest.raises(UserError, match="2 or fewer"):
+        pipeline(edit=edit, num_passes=99, sampler="maskgit")

@@ -118,14 +118,15 @@ def denoise_passes(
     for number in range(count):
         if number:
             blocks.commit()
+        before = done
         now = [ids[number * size :][:size] for ids, size in zip(given, sizes, strict=True)]
         for settled in blocks.write(now, widths):
             done += 1
             committed = [len(w) + n for w, n in zip(written, settled, strict=True)]
             yield Pass(done, total, join(written, blocks.codes), committed, blocks.nfe)
         written = join(written, blocks.codes)
-    if not done:  # all of it is held
-        yield Pass(0, 0, written, lengths, blocks.nfe)
+    if done == before:  # the last block is held, and took no pass
+        yield Pass(done, done, written, lengths, blocks.nfe)
 
 
 def _grids(
