@@ -65,8 +65,9 @@ def _lead(compared: Comparison) -> str:
     best = max(savings, key=lambda name: np.nan_to_num(savings[name].value))
     seeds = len(compared.curves[best])
     runs = f"{seeds} seeds" if seeds > 1 else "one seed"
+    saves = "saves most" if savings[best].value > 1 else "comes nearest, and none saves"
     return (
-        f"Of {len(savings)} variants beside a dense model, {escape(best)} saves most: over all "
+        f"Of {len(savings)} variants beside a dense model, {escape(best)} {saves}: over all "
         f"media the dense one needs {eta_words(savings[best])} its compute for the same held-out "
         f"loss ({runs})."
     )

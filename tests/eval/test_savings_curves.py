@@ -100,6 +100,8 @@ def test_the_page_says_what_is_known(read_page):
     assert "above 2.00" in page.text
     assert "mmpt savings x" in page.text
     assert "<b>" in page.text
+    worse = render_savings(make_comparison({"much": 0.5, "less": 0.8}, noise=0.003), {}, "")
+    assert "less comes nearest, and none saves" in read_page(worse).text
     assert len(page.all("svg")) == 2 * 3  # two charts of three kinds of losses
     alone = read_page(render_savings(Comparison({"dense": compared.curves["dense"]}), {}, ""))
     assert "no variant is done yet" in alone.text
