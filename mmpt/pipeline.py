@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpt.config import UserError, set_override
+from mmpt.config import UserError, from_dict, set_override
 from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
 from mmpt.decode.denoise import Pass, denoise_block, denoise_passes
@@ -548,11 +548,7 @@ def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any]) -> Settings:
-    unknown = set(values) - set(Settings.__dataclass_fields__)
-    if unknown:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise UserError(f"unknown setting {sorted(unknown)[0]!r}; known: {known}")
-    return Settings(**values)
+    return from_dict(Settings, values, where="settings")
 
 
 def _sampling(settings: Settings) -> Sampling:

@@ -261,6 +261,12 @@ def test_an_edit_is_reached_from_the_command_line(
         generate(folder / "model", [], redo="0,0,8,8", out=tmp_path / "o.png")
 
 
+def test_a_setting_that_there_is_not_is_refused(pipeline: Pipeline) -> None:
+    for wrong in ({"samplr": "euler"}, {"sampler": "foo"}, {"num_passes": "a"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            pipeline("apple", to="image", decoder="dida", **wrong)
+
+
 def test_what_an_edit_cannot_be_is_refused(pipeline: Pipeline) -> None:
     edit = Edit.extend(Image(np.zeros((16, 16, 3), dtype=np.uint8)), right=8)
     with pytest.raises(UserError, match="decoder='dida'"):
