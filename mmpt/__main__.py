@@ -142,7 +142,7 @@ VERBS = {
         "codecs --json",
     ),
     "generate": (
-        "mmpt.pipeline:generate",
+        "mmpt.generate:generate",
         "generate parts from parts",
         "runs/quickstart/model 'red apple' --to image --out apple.png",
     ),

@@ -15,54 +15,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpt.config import UserError, from_dict, set_override
+from mmpt.config import UserError, from_dict
 from mmpt.data.layout import speech_span, write_segments
 from mmpt.decode.ar import generate_block, generate_steps
-from mmpt.decode.denoise import Pass, denoise_block, denoise_passes
+from mmpt.decode.denoise import denoise_block, denoise_passes
 from mmpt.decode.sampling import Sampling
 from mmpt.decode.speech import speak
 from mmpt.decode.text import denoise_text
-from mmpt.edit import Edit, parse_edit
+from mmpt.edit import Edit
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import fingerprint
-from mmpt.parts import Part, Text, Video, load_part
+from mmpt.parts import Part, Text, Video
 from mmpt.process import pick_device
 from mmpt.processor import Processor
-from mmpt.results import Event, Medium, Method, PartDone, Preview, Result, Settings, TextDelta
+from mmpt.results import Event, Medium, PartDone, Preview, Result, Settings, TextDelta
 from mmpt.stream import Segment, StreamBuilder, parse
 from mmpt.tokenizers.video import GROUP
 from mmpt.train.checkpoint import find_model
 from mmpt.vocab import MEDIA, Modality, Vocabulary
-
-
-class TextWriter:
-    """Turns ids into text as they come; a character whose bytes are not all there waits."""
-
-    def __init__(self, processor: Processor) -> None:
-        self.codec, self.num_text = processor.text, processor.vocabulary.num_text
-        self.ids: list[int] = []
-        self.shown = 0  # characters handed out
-
-    @property
-    def text(self) -> str:
-        """All of it so far."""
-        return self.codec.decode(torch.tensor(self.ids, dtype=torch.int64)[:, None])
-
-    def push(self, token: int | None) -> str:
-        """Take an id (None and ids that are no text change nothing); returns what is new."""
-        if token is None or token >= self.num_text:
-            return ""
-        self.ids.append(token)
-        text = self.text
-        return "" if text.endswith("\ufffd") else self._new(text)
-
-    def flush(self) -> str:
-        """What is left, broken characters included."""
-        return self._new(self.text)
-
-    def _new(self, text: str) -> str:
-        new, self.shown = text[self.shown :], len(text)
-        return new
+from mmpt.writer import TextWriter, blocks_of_text
 
 
 class Pipeline:
@@ -371,7 +342,7 @@ class Pipeline:
             "unconditional": None if free is None else [b.build().ids for b in free],
         }
         if settings.decoder == "dida" and self.model.config.noise.text_block:
-            steps = _blocks_of_text(
+            steps = blocks_of_text(
                 denoise_text(self.model, vocabulary, prompts, denoising=settings, **options)
             )
         else:
@@ -475,78 +446,6 @@ def save_model(model: Decoder, processor: Processor, folder: str | Path) -> None
     processor.save_settings(folder)
 
 
-def generate(
-    model: Path,
-    parts: list[str],
-    *,
-    to: Medium = "image",
-    out: Path | None = None,
-    seed: int = 0,
-    decoder: Method = "ar",
-    guidance: float = 1.0,
-    temperature: float = 1.0,
-    num_passes: int = 8,
-    height: int = 64,
-    width: int = 64,
-    frames: int = 17,
-    max_ids: int = 96,
-    setting: Sequence[str] = (),
-    edit: Path | None = None,
-    redo: str = "",
-) -> dict[str, Any]:
-    """Generate a part of medium `to` from PARTS: texts, or files such as cat.png and hello.wav.
-
-    MODEL is a model folder or a run. Text is printed; other media are saved at --out. --setting:
-    others as key=value, such as sampler=maskgit. --edit: a file of which --redo is made anew:
-    TOP,LEFT,HEIGHT,WIDTH in pixels, or START,STOP in seconds.
-    """
-    if edit is None and redo:
-        raise UserError("--redo says what of a file is made anew; name it with --edit FILE")
-    if out is None and (to != "text" or edit is not None):
-        raise UserError(f"the result will be {to}; say where to save it with --out FILE")
-    settings: dict[str, Any] = {
-        "decoder": decoder,
-        "guidance": guidance,
-        "temperature": temperature,
-        "num_passes": num_passes,
-        "height": height,
-        "width": width,
-        "frames": frames,
-        "max_ids": max_ids,
-    }
-    settings |= _parse_settings(setting)
-    read = [_read_part(text) for text in parts]
-    changed = None if edit is None else parse_edit(load_part(edit), redo)
-    pipeline = Pipeline.load(model)
-    if changed is None:
-        result = pipeline(*read, to=to, seed=seed, **settings)
-    else:
-        settings["decoder"] = "dida"
-        result = pipeline(*read, edit=changed, seed=seed, **settings)
-    [part] = result
-    if out is not None:
-        part.save(out)
-    shown = {"text": part.text} if isinstance(part, Text) else {"out": str(out)}
-    return shown | result.provenance()
-
-
-def _read_part(text: str) -> Part:
-    """A file, where there is one of this name; else the words themselves."""
-    try:
-        is_file = Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a null byte
-        is_file = False
-    return load_part(text) if is_file else Text(text)
-
-
-def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """key=value, with values as in recipes."""
-    table: dict[str, Any] = {}
-    for text in texts:
-        set_override(table, text)
-    return table
-
-
 def _settings(values: dict[str, Any]) -> Settings:
     return from_dict(Settings, values, where="settings")
 
@@ -555,20 +454,6 @@ def _sampling(settings: Settings) -> Sampling:
     return Sampling(
         temperature=settings.temperature, top_p=settings.top_p, guidance=settings.guidance
     )
-
-
-def _blocks_of_text(passes: Iterator[Pass]) -> Iterator[list[list[int]]]:
-    """What each block commits to each sample."""
-    known: list[int] = []
-    last = None
-    for last in passes:
-        known = known or [0] * len(last.codes)
-        if last.committed != known:
-            pairs = zip(last.codes, known, last.committed, strict=True)
-            yield [ids[begin:end].tolist() for ids, begin, end in pairs]
-            known = last.committed
-    if last is not None:
-        yield [ids[n:].tolist() for ids, n in zip(last.codes, known, strict=True)]
 
 
 def _header(vocabulary: Vocabulary, length: int) -> np.ndarray:

@@ -33,8 +33,8 @@ RANKS = (
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     # a run is evaluated, and shows samples, while it trains
-    ("decode", "results", "edit", "train", "eval", "plan", "pipeline", "convert"),
-    ("showcase", "quickstart", "demo", "bench", "__main__"),
+    ("decode", "results", "edit", "writer", "train", "eval", "plan", "pipeline", "convert"),
+    ("generate", "showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

@@ -10,10 +10,11 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.edit import Edit
+from mmpt.generate import generate
 from mmpt.model.config import ModelConfig
 from mmpt.model.transformer import Decoder
 from mmpt.parts import Audio, Image, Text, Video
-from mmpt.pipeline import Pipeline, generate, save_model
+from mmpt.pipeline import Pipeline, save_model
 from mmpt.processor import Processor
 from mmpt.results import PartDone, Preview, Result, TextDelta
 from mmpt.stream import parse
