@@ -34,8 +34,11 @@ STRUCTURE = (
     "<eov>",
     "<boa>",
     "<eoa>",
+    "<user>",  # begins a turn of a conversation, and ends the one before it
+    "<assistant>",
 )
 NUM_STRUCTURE = 32  # room for later structure ids without moving the ranges behind them
+NUM_FINGERPRINTED = 10  # later names are of ids that no older file uses: it means what it meant
 
 
 class Modality(IntEnum):
@@ -214,6 +217,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """sha256 over everything that gives ids their meaning (not over which codes are used)."""
         meaning = self._to_json()
+        meaning["structure"] = meaning["structure"][:NUM_FINGERPRINTED]
         for code_range in meaning["ranges"]:
             code_range.pop("used")
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
@@ -246,9 +250,9 @@ class Vocabulary:
                 CodeRange(r["name"], r["start"], r["size"], r["fingerprints"], _tuple(r["used"]))
                 for r in data["ranges"]
             )
-            vocabulary = cls(
-                data["num_text"], data["text_fingerprint"], ranges, tuple(data["structure"])
-            )
+            names = tuple(data["structure"])
+            names += STRUCTURE[len(names) :] if STRUCTURE[: len(names)] == names else ()
+            vocabulary = cls(data["num_text"], data["text_fingerprint"], ranges, names)
             vocabulary.check(data["fingerprint"], what=str(path))
         except UserError:
             raise

@@ -203,6 +203,19 @@ def test_one_codebook_a_medium_is_written_as_it_always_was(tmp_path: Path) -> No
     }
 
 
+def test_a_file_without_later_structure_ids_is_the_same_vocabulary(tmp_path: Path) -> None:
+    vocabulary, path = several(), tmp_path / "vocabulary.json"
+    vocabulary.save(path)
+    older = json.loads(path.read_text())
+    older["structure"] = older["structure"][: STRUCTURE.index("<user>")]
+    path.write_text(json.dumps(older))
+    assert Vocabulary.load(path) == vocabulary
+    older["structure"][-1] = "<other>"
+    path.write_text(json.dumps(older))
+    with pytest.raises(UserError, match="made with vocabulary"):
+        Vocabulary.load(path)
+
+
 def test_several_codebooks_have_a_range_each_in_their_order(tmp_path: Path) -> None:
     vocabulary = several()
     ranges = vocabulary.ranges_of(Modality.SPEECH)
