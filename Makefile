@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check install
+.PHONY: quickstart test check reference install
 
 quickstart: install
 	$(BIN)/mmpt quickstart
@@ -15,6 +15,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+reference: install
+	$(BIN)/python docs/reference.py build/reference
+	@echo "open build/reference/index.html"
 
 install: $(VENV)/.installed
 

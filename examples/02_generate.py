@@ -1,4 +1,4 @@
-"""Every direction with one call. Run `mmpt quickstart` first: it trains the model that this opens.
+"""Every direction with one call, by the model that comes with mmpt, or another one.
 
 Run: python examples/02_generate.py [runs/quickstart/model]
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mmpt
 
-model = mmpt.load(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/model")
+model = mmpt.load(sys.argv[1] if sys.argv[1:] else f"{Path(__file__).parent}/mmpt-mini")
 out = Path("runs/examples")
 
 [picture] = model("red apple", to="image", seed=1, guidance=2.0)
@@ -23,7 +23,7 @@ print("the picture is called:", label.text)
 [speech] = model("red apple", to="speech")
 speech.save(out / "apple.wav")
 
-[clip] = model("red apple", to="video", frames=17)
+[clip] = model("red apple", to="video", frames=17, decoder="dida")
 clip.save(out / "apple.mp4")
 
 for part in model("A red apple and", seed=3, max_ids=120):  # the model decides what comes

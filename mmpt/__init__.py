@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mmpt.edit import Edit
     from mmpt.parts import Audio, Image, Message, Text, Video
     from mmpt.pipeline import Pipeline
+    from mmpt.request import Generate, Request
     from mmpt.results import Result
 
 __version__ = "0.1.0"
@@ -17,14 +18,28 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Audio": "mmpt.parts",
     "Edit": "mmpt.edit",
+    "Generate": "mmpt.request",
     "Image": "mmpt.parts",
     "Message": "mmpt.parts",
     "Text": "mmpt.parts",
     "Video": "mmpt.parts",
     "Pipeline": "mmpt.pipeline",
+    "Request": "mmpt.request",
     "Result": "mmpt.results",
 }
-__all__ = ["Audio", "Edit", "Image", "Message", "Pipeline", "Result", "Text", "Video", "load"]
+__all__ = [
+    "Audio",
+    "Edit",
+    "Generate",
+    "Image",
+    "Message",
+    "Pipeline",
+    "Request",
+    "Result",
+    "Text",
+    "Video",
+    "load",
+]
 
 
 def load(path: str, *, device: str = "cpu") -> "Pipeline":

@@ -146,6 +146,21 @@ VERBS = {
         "generate parts from parts",
         "runs/quickstart/model 'red apple' --to image --out apple.png",
     ),
+    "demo": (
+        "mmpt.demo:demo",
+        "talk with a model in the browser, in text, pictures, speech and clips",
+        "runs/quickstart/model",
+    ),
+    "replay": (
+        "mmpt.replay:replay",
+        "make a generated file again from its metadata, and name the first id that differs",
+        "apple.png --model runs/quickstart/model",
+    ),
+    "inspect": (
+        "mmpt.ribbon:inspect_file",
+        "show the ids of a generated file: media, codes, experts and likelihood, on one page",
+        "apple.png --model runs/quickstart/model --out apple.html",
+    ),
 }
 
 # read when torch is loaded: large pages for large tensors make training steps faster

@@ -26,6 +26,7 @@ OPTIONAL = {
     "wandb": "track",
     "trackio": "trackio",
     "torchmetrics": "eval",
+    "torch_fidelity": "eval",
     "datatrove": "curate",
 }
 

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmpt.config import UserError
+from mmpt.metadata import add_film_note, picture_options
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -81,7 +82,7 @@ def read_text(source: Source) -> str:
 
 def read_picture(source: Source) -> np.ndarray:
     """Pixels of any still picture that Pillow reads, upright, alpha composited on white."""
-    with _picture(source) as picture:
+    with open_picture(source) as picture:
         return _to_rgb(picture)
 
 
@@ -95,7 +96,7 @@ def read_animation(
     """
     frames: list[np.ndarray] = []
     milliseconds: list[float] = []
-    with _picture(source) as picture:
+    with open_picture(source) as picture:
         import PIL.ImageSequence
 
         for page in PIL.ImageSequence.Iterator(picture):
@@ -127,14 +128,14 @@ def read_video(
         return frames, fps or own
 
 
-def picture_bytes(pixels: np.ndarray, suffix: str = ".png") -> bytes:
-    """A picture file of the format that the suffix names."""
+def picture_bytes(pixels: np.ndarray, suffix: str = ".png", *, note: str = "") -> bytes:
+    """A picture file of the format that the suffix names; `note`: see `metadata`."""
     import PIL.Image
 
     kind = {"": "png", "jpg": "jpeg", "tif": "tiff"}.get(suffix.lstrip("."), suffix.lstrip("."))
-    buffer = io.BytesIO()
+    buffer, options = io.BytesIO(), picture_options(kind, note)
     try:
-        PIL.Image.fromarray(pixels).save(buffer, kind)
+        PIL.Image.fromarray(pixels).save(buffer, kind, **options)
     except (KeyError, OSError, ValueError) as error:
         reason = "unknown format" if isinstance(error, KeyError) else error
         raise UserError(
@@ -143,21 +144,22 @@ def picture_bytes(pixels: np.ndarray, suffix: str = ".png") -> bytes:
     return buffer.getvalue()
 
 
-def video_bytes(frames: np.ndarray, fps: float, suffix: str = ".mp4") -> bytes:
+def video_bytes(frames: np.ndarray, fps: float, suffix: str = ".mp4", *, note: str = "") -> bytes:
     """A film as MP4 (H.264), or an animated .webp (without loss) or .gif, or pages in a .tiff.
 
     Animations hold equal frames as one long frame, which `read_animation` repeats; a clip without
     any motion becomes a still. Only pages keep every frame, but they do not hold the rate.
+    `note`: see `metadata`.
     """
     if suffix == ".tiff" or suffix in ANIMATIONS:
-        return _animation_bytes(frames, fps, suffix.lstrip("."))
+        return _animation_bytes(frames, fps, suffix.lstrip("."), note)
     if suffix in ("", ".mp4"):
-        return _film_bytes(frames, fps)
+        return _film_bytes(frames, fps, note)
     raise UserError(f"cannot write a clip as {suffix}; use .mp4, .webp or .gif")
 
 
 @contextmanager
-def _picture(source: Source) -> "Iterator[PIL.Image.Image]":
+def open_picture(source: Source) -> "Iterator[PIL.Image.Image]":
     """Open with Pillow; what goes wrong in there or inside the `with` is the file's fault."""
     import PIL.Image
 
@@ -221,38 +223,48 @@ def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
     return np.clip(values * scale, 0, 255).astype(np.uint8)
 
 
-def _read_film(source: Source, max_frames: int | None) -> tuple[np.ndarray, float]:
+@contextmanager
+def open_film(source: Source) -> Iterator[Any]:
+    """Open with PyAV; what goes wrong in there or inside the `with` is the file's fault."""
     import av
     from av.error import FFmpegError
 
-    name, frames = name_of(source), []
-    # a limit on pixels is set before the first frame is decoded
-    limits = {"max_pixels": str(MAX_PIXELS)}
-    options = {"format_whitelist": FILMS, **limits}
+    options, file = {"format_whitelist": FILMS, **_limits()}, io.BytesIO(bytes_of(source))
     try:
-        with av.open(
-            io.BytesIO(bytes_of(source)), options=options, metadata_errors="ignore"
-        ) as container:
-            if not container.streams.video:
-                raise UserError(f"{name} has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise UserError(f"{name} is coded in a way that FFmpeg does not know")
-            stream.codec_context.options = limits
-            fps = float(stream.average_rate or stream.guessed_rate or 25)
-            for picture in _decoded(container, stream, name):
-                _check_video_bytes(len(frames) + 1, picture.height, picture.width, name)
-                # the angle by which players turn the frame, as phones record it
-                turned = np.rot90(picture.to_ndarray(format="rgb24"), picture.rotation // 90)
-                frames.append(np.ascontiguousarray(turned))
-                _check_same_size(frames, name)
-                if len(frames) == max_frames:
-                    break
+        with av.open(file, options=options, metadata_errors="ignore") as container:
+            yield container
     except UserError:
         raise
     except (FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name} is no picture or film that can be read: {reason}") from None
+        raise UserError(
+            f"{name_of(source)} is no picture or film that can be read: {reason}"
+        ) from None
+
+
+def _limits() -> dict[str, str]:
+    # on pixels, set before the first frame is decoded
+    return {"max_pixels": str(MAX_PIXELS)}
+
+
+def _read_film(source: Source, max_frames: int | None) -> tuple[np.ndarray, float]:
+    name, frames = name_of(source), []
+    with open_film(source) as container:
+        if not container.streams.video:
+            raise UserError(f"{name} has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UserError(f"{name} is coded in a way that FFmpeg does not know")
+        stream.codec_context.options = _limits()
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        for picture in _decoded(container, stream, name):
+            _check_video_bytes(len(frames) + 1, picture.height, picture.width, name)
+            # the angle by which players turn the frame, as phones record it
+            turned = np.rot90(picture.to_ndarray(format="rgb24"), picture.rotation // 90)
+            frames.append(np.ascontiguousarray(turned))
+            _check_same_size(frames, name)
+            if len(frames) == max_frames:
+                break
     if not frames:
         raise UserError(f"{name} holds no frame that can be decoded")
     return np.stack(frames), min(fps, MAX_FPS)
@@ -273,7 +285,7 @@ def _decoded(container, stream, name: str) -> Iterator:
         log.warning("%s breaks after %d frames: %s", name, count, error.strerror)
 
 
-def _animation_bytes(frames: np.ndarray, fps: float, kind: str) -> bytes:
+def _animation_bytes(frames: np.ndarray, fps: float, kind: str, note: str) -> bytes:
     import PIL.Image
 
     first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
@@ -281,12 +293,12 @@ def _animation_bytes(frames: np.ndarray, fps: float, kind: str) -> bytes:
     options = {"webp": {"lossless": True}, "tiff": {"compression": "tiff_deflate"}}.get(kind, {})
     first.save(
         buffer, kind, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,
-        **options,
+        **options, **picture_options(kind, note),
     )  # fmt: skip
     return buffer.getvalue()
 
 
-def _film_bytes(frames: np.ndarray, fps: float) -> bytes:
+def _film_bytes(frames: np.ndarray, fps: float, note: str) -> bytes:
     import av
     from av.error import FFmpegError
 
@@ -297,6 +309,7 @@ def _film_bytes(frames: np.ndarray, fps: float) -> bytes:
     buffer = io.BytesIO()
     try:
         with av.open(buffer, "w", format="mp4") as container:
+            add_film_note(container.metadata, note)
             stream = container.add_stream("libx264", rate=rate)
             stream.width, stream.height = frames.shape[2], frames.shape[1]
             stream.pix_fmt = "yuv420p"

@@ -1,10 +1,12 @@
 """What a person hands in and gets back: Text, Image, Video, Audio, and Message.
 
 The same types go in and come out. Loading accepts what users have and refuses the rest in one line;
-see `media.py` and `sound.py` for the formats.
+see `media.py` and `sound.py` for the formats. What was generated carries how it was, and PNG, WebP,
+MP4 and WAV files keep that; see `provenance.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Self
@@ -15,7 +17,14 @@ from mmpt import media, sound
 from mmpt.config import UserError, write_atomic
 from mmpt.media import Source
 
+Note = Callable[[], str]  # written when it is asked for: it holds all that a request held
+
 MAX_RATIO = 1000  # of two sample rates, reduced, when sound is resampled
+
+
+def no_note() -> str:
+    """Of what was not generated."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Text:
     """A piece of text; `<boi>` and its kin are ordinary characters in it."""
 
     text: str
+    provenance: Note = field(default=no_note, repr=False, compare=False, kw_only=True)
 
     @classmethod
     def load(cls, source: Source) -> Self:
@@ -40,6 +50,7 @@ class Image:
     """pixels: uint8 (height, width, 3), sRGB."""
 
     pixels: np.ndarray
+    provenance: Note = field(default=no_note, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_array(self.pixels, "pixels", np.uint8, (None, None, 3))
@@ -51,7 +62,11 @@ class Image:
 
     def save(self, path: str | Path) -> None:
         """Write PNG, or the format that the suffix names."""
-        write_atomic(path, media.picture_bytes(self.pixels, _suffix(path)))
+        write_atomic(path, self.encode(_suffix(path)))
+
+    def encode(self, suffix: str = ".png") -> bytes:
+        """What `save` writes."""
+        return media.picture_bytes(self.pixels, suffix, note=self.provenance())
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +75,7 @@ class Video:
 
     frames: np.ndarray
     fps: float
+    provenance: Note = field(default=no_note, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_array(self.frames, "frames", np.uint8, (None, None, None, 3))
@@ -78,7 +94,11 @@ class Video:
 
     def save(self, path: str | Path) -> None:
         """Write MP4 (H.264), or an animated .webp or .gif."""
-        write_atomic(path, media.video_bytes(self.frames, self.fps, _suffix(path)))
+        write_atomic(path, self.encode(_suffix(path)))
+
+    def encode(self, suffix: str = ".mp4") -> bytes:
+        """What `save` writes."""
+        return media.video_bytes(self.frames, self.fps, suffix, note=self.provenance())
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +107,7 @@ class Audio:
 
     wave: np.ndarray
     sample_rate: int
+    provenance: Note = field(default=no_note, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_array(self.wave, "wave", np.float32, (None,))
@@ -99,9 +120,12 @@ class Audio:
         return len(self.wave) / self.sample_rate
 
     @classmethod
-    def load(cls, source: Source) -> Self:
-        """Read what libsndfile reads (WAV, FLAC, Ogg, MP3); all channels are averaged."""
-        return cls(*sound.read_sound(source))
+    def load(cls, source: Source, *, max_seconds: float = sound.MAX_SECONDS) -> Self:
+        """Read what libsndfile reads (WAV, FLAC, Ogg, MP3); all channels are averaged.
+
+        max_seconds: a longer sound is refused.
+        """
+        return cls(*sound.read_sound(source, max_seconds=max_seconds))
 
     def resample(self, sample_rate: int) -> "Audio":
         """The same sound at another rate (windowed sinc)."""
@@ -116,7 +140,11 @@ class Audio:
 
     def save(self, path: str | Path) -> None:
         """Write 16-bit WAV, or the format that the suffix names."""
-        write_atomic(path, sound.sound_bytes(self.wave, self.sample_rate, _suffix(path)))
+        write_atomic(path, self.encode(_suffix(path)))
+
+    def encode(self, suffix: str = ".wav") -> bytes:
+        """What `save` writes."""
+        return sound.sound_bytes(self.wave, self.sample_rate, suffix, note=self.provenance())
 
 
 Part = Text | Image | Video | Audio

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmpt.config import UserError
 from mmpt.media import Source, bytes_of, name_of
+from mmpt.metadata import add_chunk
 
 MAX_SECONDS = 3600  # of one sound
 MAX_SAMPLES = MAX_SECONDS * 48_000
@@ -16,15 +17,18 @@ SAMPLE_RATES = (1000, 384_000)
 BLOCK = 1 << 18  # samples of each channel that are read at once
 
 
-def read_sound(source: Source) -> tuple[np.ndarray, int]:
-    """Wave and sample rate of what libsndfile reads (WAV, FLAC, Ogg, MP3); channels averaged."""
+def read_sound(source: Source, *, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
+    """Wave and sample rate of what libsndfile reads (WAV, FLAC, Ogg, MP3); channels averaged.
+
+    No more is read than `max_seconds`: a longer sound is refused, whatever its header says.
+    """
     import soundfile
 
     name = name_of(source)
     try:
         with soundfile.SoundFile(_ClampedFile(bytes_of(source))) as sound:
             check_sample_rate(sound.samplerate, name)
-            limit = min(MAX_SECONDS * sound.samplerate, MAX_SAMPLES)
+            limit = min(int(min(max_seconds, MAX_SECONDS) * sound.samplerate), MAX_SAMPLES)
             blocks, count = [], 0
             # in blocks: the length in a header may be wrong, and channels may be many
             while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
@@ -43,10 +47,13 @@ def read_sound(source: Source) -> tuple[np.ndarray, int]:
     return np.clip(wave, -1.0, 1.0), rate
 
 
-def sound_bytes(wave: np.ndarray, sample_rate: int, suffix: str = ".wav") -> bytes:
+def sound_bytes(
+    wave: np.ndarray, sample_rate: int, suffix: str = ".wav", *, note: str = ""
+) -> bytes:
     """A sound file of the format that the suffix names; WAV and FLAC have 16 bits.
 
     What was read from 16 bits is written as it was: libsndfile itself would scale by 32,767.
+    `note`: see `metadata`; only WAV has room for it.
     """
     import soundfile
 
@@ -58,7 +65,7 @@ def sound_bytes(wave: np.ndarray, sample_rate: int, suffix: str = ".wav") -> byt
     except (soundfile.LibsndfileError, ValueError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(".")
         raise UserError(f"cannot write a sound as {suffix}: {reason}; use .wav or .flac") from None
-    return buffer.getvalue()
+    return add_chunk(buffer.getvalue(), note) if kind == "wav" else buffer.getvalue()
 
 
 def check_sample_rate(rate: float, name: str) -> None:

@@ -37,6 +37,7 @@ STRUCTURE = (
     "<user>",  # begins a turn of a conversation, and ends the one before it
     "<assistant>",
 )
+ROLES = ("user", "assistant")  # of turns, each of which begins by the structure id of its name
 NUM_STRUCTURE = 32  # room for later structure ids without moving the ranges behind them
 NUM_FINGERPRINTED = 10  # later names are of ids that no older file uses: it means what it meant
 

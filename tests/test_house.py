@@ -23,6 +23,7 @@ RANKS = (
         "vocab",
         "hub",
         "media",
+        "metadata",
         "sound",
         "parts",
         "flat",
@@ -33,8 +34,22 @@ RANKS = (
     ("page", "tokenizers", "data", "processor"),
     ("model",),
     # a run is evaluated, and shows samples, while it trains
-    ("decode", "results", "edit", "writer", "train", "eval", "plan", "pipeline", "convert"),
-    ("generate", "showcase", "quickstart", "demo", "bench", "__main__"),
+    (
+        "decode",
+        "results",
+        "provenance",
+        "edit",
+        "writer",
+        "request",
+        "content",
+        "answer",
+        "train",
+        "eval",
+        "plan",
+        "pipeline",
+        "convert",
+    ),
+    ("generate", "replay", "ribbon", "showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

@@ -16,7 +16,7 @@ from mmpt.model.transformer import Decoder
 from mmpt.parts import Audio, Image, Text, Video
 from mmpt.pipeline import Pipeline, save_model
 from mmpt.processor import Processor
-from mmpt.results import PartDone, Preview, Result, TextDelta
+from mmpt.results import PartDone, PartStart, Preview, Result, TextDelta
 from mmpt.stream import parse
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.image import ImageCodec
@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_and_another_one_does_not(pipeline: Pipelin
 
 def test_events_lead_to_the_result(pipeline: Pipeline) -> None:
     events = list(pipeline.stream("a", to="image", decoder="dida", **SMALL))
-    assert [type(e) for e in events] == [Preview, Preview, PartDone, Result]
+    assert [type(e) for e in events] == [PartStart, Preview, Preview, PartDone, Result]
     *deltas, done, result = pipeline.stream("a", to="text", **SMALL)
     assert isinstance(done, PartDone)
     assert isinstance(result, Result)

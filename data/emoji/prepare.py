@@ -80,8 +80,8 @@ class Settings:
     side: int = 64  # pixels
     skin_tones: bool = True
     flags: bool = True  # of countries
-    num_clips: int | None = None  # None: all
-    num_spoken: int | None = None
+    num_clips: int | None = None  # None: all; 0: none, and animations are not fetched
+    num_spoken: int | None = None  # labels; 0: none, and no synthesizer is needed
     image_quality: int = 92
     clip_quality: int = 80
     compression: float = 0.96  # of sound, about 16 kbit/s
@@ -106,7 +106,8 @@ class Emoji:
 def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]:
     """Write emoji-train-*.tar and emoji-heldout-*.tar into `out`."""
     settings = settings or Settings()
-    importers.require_tools("espeak-ng", "flite")
+    if settings.num_spoken != 0:
+        importers.require_tools("espeak-ng", "flite")
     emoji = list_emoji(cache, settings)
     spoken = {item.key for item in choose(emoji, settings.num_spoken, "spoken")}
     records = [
@@ -121,7 +122,7 @@ def list_emoji(cache: Path, settings: Settings) -> list[Emoji]:
     """Join pictures, animations and words by code points (variation selectors apart)."""
     still = importers.fetch_npm("@lobehub/fluent-emoji-3d", "1.1.0", cache) / "assets"
     moving: dict[str, Path] = {}
-    for number in (1, 2, 3, 4):
+    for number in () if settings.num_clips == 0 else (1, 2, 3, 4):
         package = importers.fetch_npm(f"@lobehub/fluent-emoji-anim-{number}", "1.0.0", cache)
         for path in sorted((package / "assets").glob("*.webp")):
             moving.setdefault(_plain(path.stem), path)

@@ -23,9 +23,10 @@ def bench(name: str, *, device: str = "cpu") -> dict[str, Any]:
     A row's ratio above 1 means that ours is better; outputs are shown equal before anything is
     timed, and peers run at their fastest settings. codecs: needs pip install 'mmpt[test]'. data:
     reading, packing, waiting and resuming, beside webdataset, and beside Energon where it is: pip
-    install 'mmpt[bench]'. streams: an hour of sound, a second at a time, must not take more memory
-    than a minute; some minutes. train: a training step beside the machine's peak, OLMoE, and
-    itself without watching and checkpoints: pip install 'mmpt[eval]'.
+    install 'mmpt[bench]'. decode: one id at a time beside transformers' generate, and blocks in
+    parallel beside both, passes and seconds. streams: an hour of sound, a second at a time, must
+    not take more memory than a minute; some minutes. train: a training step beside the machine's
+    peak, OLMoE, and itself without watching and checkpoints: pip install 'mmpt[eval]'.
     """
     if name not in BENCHMARKS:
         raise UserError(f"no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")

@@ -16,7 +16,16 @@ from mmpt.data.draws import draw_many
 from mmpt.data.layout import speech_span
 from mmpt.data.segments import Segments
 from mmpt.flat import TOKEN, Streams, offsets, ranges
-from mmpt.vocab import BEGIN, END, MEDIA, NUM_GRID_SIZES, NUM_SIZES, Modality, Vocabulary
+from mmpt.vocab import (
+    BEGIN,
+    END,
+    MEDIA,
+    NUM_GRID_SIZES,
+    NUM_SIZES,
+    ROLES,
+    Modality,
+    Vocabulary,
+)
 
 HEADERS = np.array([1 + NUM_GRID_SIZES[m] if m in MEDIA else 0 for m in Modality])
 
@@ -26,9 +35,10 @@ class _Runs:
     """Where everything stands, counted over all documents.
 
     Per document: starts (D + 1,), of its ids; null (D,), whether it lost its condition; first
-    (D + 1,), its first run. Per run (R,): segment, whose codes it has; modality; sides, (R, 3), of
-    its grid; length, its codes; separator, the shard whose separator it begins with, -1 for none;
-    begin, of its separator or header, and codes, of its codes.
+    (D + 1,), its first run. Per run (R,): segment, whose codes it has; modality; role, as segments
+    have it, but 0 where the turn's id is not written; turn, whether that id stands before it;
+    sides, (R, 3), of its grid; length, its codes; separator, the shard whose separator it begins
+    with, -1 for none; begin, of its separator or header, and codes, of its codes.
     """
 
     starts: np.ndarray
@@ -36,6 +46,8 @@ class _Runs:
     first: np.ndarray
     segment: np.ndarray
     modality: np.ndarray
+    role: np.ndarray
+    turn: np.ndarray
     sides: np.ndarray
     length: np.ndarray
     separator: np.ndarray
@@ -47,9 +59,15 @@ class BlockLayout:
     """Lays out documents of shards with these separators (text codes), as `to_stream` does."""
 
     def __init__(
-        self, vocabulary: Vocabulary, separators: Sequence[np.ndarray], condition_drop: float
+        self,
+        vocabulary: Vocabulary,
+        separators: Sequence[np.ndarray],
+        condition_drop: float,
+        *,
+        masked_prompts: bool = False,
     ) -> None:
         self._vocabulary, self._condition_drop = vocabulary, condition_drop
+        self._masked_prompts = masked_prompts
         # one more that is empty, for where there is none
         self._separator_sizes = np.array([*map(len, separators), 0])
         self._separator_starts = offsets(self._separator_sizes)[:-1]
@@ -85,15 +103,18 @@ class BlockLayout:
         sides[speech, 2] = np.minimum(sides[speech, 2] - part * most, most)
         length = sides[:, 0] * sides[:, 1] * sides[:, 2]
         document = segments.document[written][source]
+        role = np.where(null[document], 0, segments.role[written][source])
+        new = np.diff(document, prepend=-1) != 0
+        turn = (role > 0) & (new | (np.diff(role, prepend=0) != 0))
 
         text = modality == Modality.TEXT
         again = np.zeros(len(text), dtype=bool)
-        again[1:] = text[1:] & text[:-1] & (document[1:] == document[:-1])
+        again[1:] = (text & ~new & ~turn)[1:] & text[:-1]
         separator = np.where(again, segments.shard[document], -1)
         header = HEADERS[modality] + self._separator_sizes[separator]
-        ends = offsets(header + length + ~text)
+        ends = offsets(turn + header + length + ~text)
         frame = offsets(2 + null)  # <bod>, <null> and <eod>
-        begin = ends[:-1] + (frame[:-1] + 1 + null)[document]
+        begin = ends[:-1] + turn + (frame[:-1] + 1 + null)[document]
         first = np.searchsorted(document, np.arange(len(null) + 1))
         return _Runs(
             starts=ends[first] + frame,
@@ -101,6 +122,8 @@ class BlockLayout:
             first=first,
             segment=written[source],
             modality=modality,
+            role=role,
+            turn=turn,
             sides=sides,
             length=length,
             separator=separator,
@@ -119,6 +142,10 @@ class BlockLayout:
         tokens["loss_weight"] = 1
         self._write_frames(tokens, starts, runs.null[first:last])
         self._write_separators(tokens, begin, runs.separator[inside])
+        firsts = runs.first[first : last + 1] - runs.first[first]
+        if (role := runs.role[inside]).any():
+            ends = codes + length + (modality != Modality.TEXT)
+            self._write_turns(tokens, firsts, role, runs.turn[inside], begin, ends)
         for medium in Modality:
             chosen = np.flatnonzero(modality == medium)
             if not chosen.size:
@@ -136,7 +163,6 @@ class BlockLayout:
 
         media = modality != Modality.TEXT
         spans = np.stack([codes, length, modality, *sides.T], axis=1)[media]
-        firsts = runs.first[first : last + 1] - runs.first[first]
         document = np.repeat(np.arange(last - first), np.diff(firsts))[media]
         counts = np.zeros((last - first, len(Modality)), dtype=np.int64)
         np.add.at(counts, (document, modality[media]), length[media])
@@ -148,6 +174,9 @@ class BlockLayout:
         firsts = offsets(segments.num)
         media = offsets(segments.modality != Modality.TEXT)
         candidates = np.where(segments.free, segments.num, np.diff(media[firsts]))
+        answer, answers = self._answers(segments)
+        talks = np.diff(offsets(segments.role > 0)[firsts]) > 0
+        candidates = np.where(talks, np.diff(answers[firsts]), candidates)
         orders, kept = draw_many(
             keys, segments.num, candidates, segments.free, self._condition_drop
         )
@@ -158,8 +187,17 @@ class BlockLayout:
         wanted = media[firsts[:-1]] + kept
         chosen = np.where(segments.free, chosen, np.searchsorted(media, wanted, side="right") - 1)
         written = ~null[segments.document]
-        written[chosen[null]] = True
+        written[chosen[null & ~talks]] = True
+        spoken = (null & talks)[segments.document]
+        written |= spoken & (answer == (answers[firsts[:-1]] + kept)[segments.document])
         return orders[written], null
+
+    def _answers(self, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+        """The assistant's turn that a segment is of (T,), -1: none; how many began (T + 1,)."""
+        mine = segments.role == 1 + ROLES.index("assistant")
+        new = np.diff(segments.document, prepend=-1) != 0
+        began = offsets(mine & (new | np.diff(mine, prepend=False)))
+        return np.where(mine, began[1:] - 1, -1), began
 
     def _ids(self, medium: Modality, codes: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """The ids of codes of whole spans, which have these last sides."""
@@ -184,6 +222,28 @@ class BlockLayout:
         tokens["ids"][second] = name("<null>")
         tokens["ids"][starts[1:] - 1] = name("<eod>")
         tokens["loss_weight"][first] = tokens["loss_weight"][second] = 0
+
+    def _write_turns(
+        self,
+        tokens: np.ndarray,
+        firsts: np.ndarray,
+        role: np.ndarray,
+        turn: np.ndarray,
+        begin: np.ndarray,
+        ends: np.ndarray,
+    ) -> None:
+        """The ids that begin turns, and the weights of what the user says."""
+        for number, name in enumerate(ROLES, 1):
+            place = begin[turn & (role == number)] - 1
+            tokens["ids"][place] = self._vocabulary.structure_id(f"<{name}>")
+        if not self._masked_prompts:
+            return
+        user, new = role == 1 + ROLES.index("user"), np.zeros(len(role), dtype=bool)
+        new[firsts[:-1][np.diff(firsts) > 0]] = True
+        tokens["loss_weight"][begin[turn & (new | ~user)] - 1] = 0
+        last = np.append(new[1:], True)
+        ends = ends + last  # <eod> behind it, too
+        tokens["loss_weight"][ranges(begin[user], (ends - begin)[user])] = 0
 
     def _write_separators(
         self, tokens: np.ndarray, begin: np.ndarray, separator: np.ndarray

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,13 @@ def inspect(
     """
     bad = Quarantine(quarantine)
     modalities: dict[str, Counter[str]] = {}
-    sources_seen: Counter[str] = Counter()
+    sources_seen, turns = Counter[str](), Counter[str]()
     rows, num_samples = [], 0
     for path in shown(shards):
         row = {"shard": str(path), "samples": 0, "documents": 0, "bad_samples": -bad.count}
         for document in _documents(path, bad, row):
             sources_seen[document.source] += 1
+            turns.update(role for role, _ in groupby(document.roles))
             _count_parts(document, modalities)
         row["bad_samples"] += bad.count
         num_samples += row["samples"]
@@ -95,6 +97,7 @@ def inspect(
         "bad_samples": bad.count,
         "reasons": dict(bad.reasons),
         "sources": dict(sources_seen),
+        **({"turns": dict(turns)} if turns else {}),
         "modalities": {
             name: {key: round(value, 3) for key, value in counts.items()}
             for name, counts in modalities.items()

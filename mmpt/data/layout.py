@@ -6,6 +6,9 @@ guidance has an unconditional branch `<bod> <null> <boi> ...`. What is said here
 `blocks` does to many at once.
 """
 
+from itertools import groupby
+from operator import itemgetter
+
 import numpy as np
 
 from mmpt.data.draws import draw
@@ -23,6 +26,7 @@ def to_stream(
     *,
     separator: np.ndarray,
     condition_drop: float = 0.1,
+    masked_prompts: bool = False,
 ) -> Stream:
     """`<bod>` segments... `<eod>`; segments of a document of order "any" are permuted by `rng`.
 
@@ -30,17 +34,31 @@ def to_stream(
     document of fixed order then keeps one of its media, or all of it when it is text alone.
     `separator` (text codes) stands between adjacent text segments. `<bod>` and `<null>` have
     weight 0: nothing predicts them.
+
+    Each turn of a conversation begins by `<user>` or `<assistant>`. What is kept alone is one turn
+    of the assistant, behind `<null>` without that id. masked_prompts: what the user says has weight
+    0, and so has what makes it the assistant's turn; that it is the user's again has not, for this
+    is how an answer ends.
     """
-    media = [segment for segment in document.segments if segment.modality in MEDIA]
+    turns = turns_of(document)
+    media = [[segment] for segment in document.segments if segment.modality in MEDIA]
+    answers = [segments for role, segments in turns if role == "assistant"]
     free, num = document.order == "any", len(document.segments)
-    places, kept = draw(rng, num, num if free else len(media), free, condition_drop)
+    candidates = answers if document.roles else media
+    places, kept = draw(rng, num, num if free else len(candidates), free, condition_drop)
     segments = [document.segments[place] for place in places]
     builder = StreamBuilder(vocabulary).structure("<bod>", weight=0.0)
+    end_weight = 1.0
     if kept is not None:
         builder.structure("<null>", weight=0.0)
-        segments = [(segments if free else media)[kept]]
-    write_segments(builder, segments, separator)
-    return builder.structure("<eod>").build()
+        write_segments(builder, [segments[kept]] if free else candidates[kept], separator)
+    elif document.roles:
+        prompt_weight = 0.0 if masked_prompts else 1.0
+        write_turns(builder, turns, separator, prompt_weight=prompt_weight)
+        end_weight = prompt_weight if document.roles[-1] == "user" else 1.0
+    else:
+        write_segments(builder, segments, separator)
+    return builder.structure("<eod>", weight=end_weight).build()
 
 
 def to_conditioned_stream(
@@ -68,6 +86,30 @@ def to_conditioned_stream(
     if target != Modality.TEXT:
         stream.loss_weight[first:] = stream.modality[first:] == target
     return stream
+
+
+def turns_of(document: EncodedDocument) -> list[tuple[str, list[Segment]]]:
+    """Who says what, in order; nothing where the document is no conversation."""
+    said = zip(document.roles, document.segments, strict=False)
+    return [(role, [s for _, s in turn]) for role, turn in groupby(said, key=itemgetter(0))]
+
+
+def write_turns(
+    builder: StreamBuilder,
+    turns: list[tuple[str, list[Segment]]],
+    separator: np.ndarray,
+    *,
+    prompt_weight: float = 1.0,
+) -> None:
+    """Append turns of a conversation to one that stands at its beginning.
+
+    prompt_weight: of what is given when an answer is asked for, see `to_stream`.
+    """
+    for number, (role, segments) in enumerate(turns):
+        ends_an_answer = number > 0 and role == "user"
+        builder.structure(f"<{role}>", weight=1.0 if ends_an_answer else prompt_weight)
+        weight = prompt_weight if role == "user" else 1.0
+        write_segments(builder, segments, separator, weight=weight)
 
 
 def write_segments(

@@ -156,8 +156,9 @@ class Loader(Iterator[Rows]):
             )
         if state["format_version"] == 1:
             state = self._upgrade(state)
+        settings = {"prompts": "learned", **state["settings"]}  # which older ones do not name
         for key, ours in self._settings().items():
-            if (theirs := state["settings"].get(key)) != ours:
+            if (theirs := settings.get(key)) != ours:
                 raise UserError(
                     f"the loader's state has {key} = {theirs}, this recipe {ours}; start a new run "
                     "or restore the old value"
@@ -262,6 +263,7 @@ class Loader(Iterator[Rows]):
             "buffer": self.config.buffer,
             "quotas": self.config.quotas,
             "condition_drop": self.config.condition_drop,
+            "prompts": self.config.prompts,
             "sources": {name: source.fingerprint for name, source in self.sources.items()},
         }
 

@@ -39,6 +39,8 @@ class DataConfig:
     buffer: int = 256  # documents that wait for a row they fit, in each stream
     quotas: dict[str, int] = field(default_factory=dict)  # medium -> most ids of it in a row
     condition_drop: float = 0.1  # share of documents that lose their condition (guidance)
+    # of conversations, see `to_stream`: whether what the user says is learned, too
+    prompts: Literal["learned", "masked"] = "learned"
     streams: int = 1  # a multiple of every number of ranks that the run will ever have
     workers: int = 0  # processes that prepare rows ahead, at most one a stream
 
@@ -78,15 +80,17 @@ MEAN_IDS = 128  # of a document; of longer ones it is fewer
 def open_sources(config: DataConfig, vocabulary: Vocabulary, seed: int) -> dict[str, Source]:
     """The sources by name, in the order of names."""
     sources: dict[str, Source] = {}
-    drop = config.condition_drop
+    how = {
+        "seed": seed,
+        "condition_drop": config.condition_drop,
+        "masked_prompts": config.prompts == "masked",
+    }
     for name, source in sorted(config.sources.items()):
         if source.pipeline:
-            sources[name] = PipelineSource(
-                name, source, vocabulary, seed=seed, streams=config.streams, condition_drop=drop
-            )
+            sources[name] = PipelineSource(name, source, vocabulary, streams=config.streams, **how)
         else:
             shards = open_shards(source.shards, vocabulary)
-            sources[name] = ShardSource(name, shards, vocabulary, seed=seed, condition_drop=drop)
+            sources[name] = ShardSource(name, shards, vocabulary, **how)
     return sources
 
 

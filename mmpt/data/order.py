@@ -68,15 +68,19 @@ class ShardSource:
         *,
         seed: int,
         condition_drop: float,
+        masked_prompts: bool = False,
     ) -> None:
         self.name, self.vocabulary, self.condition_drop = name, vocabulary, condition_drop
+        self.masked_prompts = masked_prompts
         self.shards = list(shards)
         self._index = SegmentIndex(shards)
         self._starts = offsets([len(shard) for shard in shards])
         kept = [not is_heldout(base) for shard in shards for base in shard.bases]
         self._numbers = np.flatnonzero(kept).astype(np.min_scalar_type(len(kept)))
         separators = [shard.separator for shard in shards]
-        self._layout = BlockLayout(vocabulary, separators, condition_drop)
+        self._layout = BlockLayout(
+            vocabulary, separators, condition_drop, masked_prompts=masked_prompts
+        )
         self._key = mix_keys(seed, _hash(name))
         if not len(self):
             raise UserError(f"source {name!r} has no documents that are not held out")
@@ -112,6 +116,7 @@ class ShardSource:
             Generator(Philox(key=key)),
             separator=separator,
             condition_drop=self.condition_drop,
+            masked_prompts=self.masked_prompts,
         )
 
     def number(self, epoch: int, place: int) -> int:

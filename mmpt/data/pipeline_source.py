@@ -66,6 +66,7 @@ class PipelineSource:
         seed: int,
         streams: int,
         condition_drop: float,
+        masked_prompts: bool = False,
     ) -> None:
         if not config.processor:
             raise UserError(
@@ -74,6 +75,7 @@ class PipelineSource:
             )
         self.name, self.config, self.vocabulary = name, config, vocabulary
         self.num_streams, self.condition_drop = streams, condition_drop
+        self.masked_prompts = masked_prompts
         self.quarantine = Quarantine(Path(config.quarantine) if config.quarantine else None)
         self.open = _find(config.pipeline, name)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -132,11 +134,12 @@ class PipelineSource:
             segments = self.processor.encode_parts(document.parts)
         bits = Philox(key=self._key, counter=[0, 0, stream, read])
         return to_stream(
-            EncodedDocument(document.key, document.base, document.order, segments),
+            EncodedDocument(document.key, document.base, document.order, segments, document.roles),
             self.vocabulary,
             Generator(bits),
             separator=self.processor.separator,
             condition_drop=self.condition_drop,
+            masked_prompts=self.masked_prompts,
         )
 
     def _feed(self, stream: int) -> "_Feed":

@@ -20,7 +20,7 @@ from mmpt.page.markup import chip, escape, number, tag
 from mmpt.parts import Part
 
 MAX_DOCUMENTS = 1000
-SHOWN_KEYS = ("voice", "lang")  # of a part, beside its time
+SHOWN_KEYS = ("role", "voice", "lang")  # of a part, beside its time
 CHIPS = {"audio": "speech"}  # the name of a medium, where a part type has another
 
 

@@ -20,9 +20,9 @@ class Segments:
     """Segments in file order, document after document.
 
     Per document (D,): num, how many segments it has; free, whether they may be permuted; shard, in
-    which it is; files, the memory of that. Per segment (T,): document, 0 to D - 1; modality; grid,
-    (T, 3), frames, height and width; first and last, the bytes of the file that its codes are;
-    width, bytes of a code.
+    which it is; files, the memory of that. Per segment (T,): document, 0 to D - 1; modality; role,
+    1 + its place in `ROLES`, 0 outside of conversations; grid, (T, 3), frames, height and width;
+    first and last, the bytes of the file that its codes are; width, bytes of a code.
     """
 
     num: np.ndarray
@@ -31,6 +31,7 @@ class Segments:
     files: list[memoryview]
     document: np.ndarray
     modality: np.ndarray
+    role: np.ndarray
     grid: np.ndarray
     first: np.ndarray
     last: np.ndarray
@@ -74,6 +75,7 @@ class SegmentIndex:
             np.zeros(shape, dtype=np.int64),
         )
         self._tables = np.full(len(self._blocks), -1)
+        self._roles = np.full(len(self._blocks), -1)  # where those of a block begin, if it has any
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -108,11 +110,24 @@ class SegmentIndex:
             files=files,
             document=document,
             modality=modality,
+            role=self._find_roles(files, self._roles[block], rows, ends),
             grid=np.stack(grid, axis=1),
             first=first,
             last=first + length * width,
             width=width,
         )
+
+    def _find_roles(
+        self, files: list[memoryview], begin: np.ndarray, rows: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
+        if (begin < 0).all():
+            return np.zeros((ends - rows).sum(), dtype=np.uint8)
+        places = zip(files, begin.tolist(), rows.tolist(), ends.tolist(), strict=True)
+        parts = [
+            bytes(end - row) if first < 0 else file[first + row : first + end]
+            for file, first, row, end in places
+        ]
+        return np.frombuffer(b"".join(parts), np.uint8)
 
     def _open(self, number: int) -> None:
         block, start = self._blocks[number], int(self._starts[number])
@@ -124,4 +139,6 @@ class SegmentIndex:
             if name in block.arrays:
                 self._begins[number, modality] = block.begin(name)
                 self._widths[number, modality] = block.arrays[name].itemsize
+        if "roles" in block.arrays:
+            self._roles[number] = block.begin("roles")
         self._tables[number] = block.begin("spans")

@@ -193,7 +193,7 @@ class _Work:
 def _document(view: Document, segments: list[Segment] | UserError) -> EncodedDocument:
     if isinstance(segments, UserError):
         raise segments
-    return EncodedDocument(view.key, view.base, view.order, segments)
+    return EncodedDocument(view.key, view.base, view.order, segments, view.roles)
 
 
 def _second_part(part: Part, speed: float, *, mirror: bool) -> Part:

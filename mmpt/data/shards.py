@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpt.config import UserError
+from mmpt.data.entries import load_roles, load_times
 from mmpt.data.indexed import samples_of
 from mmpt.data.quarantine import Quarantine
 from mmpt.data.tars import Damage, Sample, read_samples
@@ -36,7 +37,6 @@ __all__ = [
 
 Order = Literal["any", "fixed"]
 MEDIA_TYPES = {"image": Image, "video": Video, "audio": Audio}
-MAX_TIME = 1e7  # seconds of one document
 PLAIN_TEXT = ("txt", "cls", "json")
 PLAIN_MEDIA = {
     **dict.fromkeys(("png", "jpg", "jpeg", "webp"), "image"),
@@ -58,6 +58,8 @@ class Document:
     mirror: whether its pictures and clips mean the same when left and right are swapped.
     times: when each part begins and ends, in seconds of the document, None where the shard does
     not say; empty: no word of it.
+    roles: of a conversation, who says each part, "user" or "assistant"; equal neighbours are one
+    turn.
     """
 
     key: str
@@ -69,6 +71,7 @@ class Document:
     voices: tuple[str, ...] = ()
     mirror: bool = True
     times: tuple[tuple[float, float] | None, ...] = ()
+    roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Record:
     """A document whose media are encoded already: what `write_shard` writes byte for byte.
 
     A text part is `{"type": "text", "text": ...}`; a media part holds its bytes under "data" and
-    its format under "suffix"; all other keys (fps, voice, synthetic, start, end) go to the json as
-    they are, and so does `more`, beside the list of parts.
+    its format under "suffix"; all other keys (role, fps, voice, synthetic, start, end) go to the
+    json as they are, and so does `more`, beside the list of parts.
     """
 
     key: str
@@ -188,7 +191,8 @@ def _load_described(sample: Sample, described: dict[str, Any]) -> Document:
         shard=sample.shard,
         voices=tuple(str(entry.get("voice", "")) for entry in parts if entry["type"] == "audio"),
         mirror=described.get("mirror") is not False,
-        times=_load_times(parts),
+        times=load_times(parts),
+        roles=load_roles(parts, order),
     )
 
 
@@ -209,27 +213,6 @@ def _load_part(sample: Sample, entry: Any) -> Part:
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
         raise UserError(f"bad json: fps must be a number above 0, not {fps!r}")
     return _load_media(kind, ref, sample.members[ref], fps=float(fps))
-
-
-def _load_times(entries: list[dict[str, Any]]) -> tuple[tuple[float, float] | None, ...]:
-    times = tuple(_load_time(entry.get("start"), entry.get("end")) for entry in entries)
-    return times if any(times) else ()
-
-
-def _load_time(start: Any, end: Any) -> tuple[float, float] | None:
-    if start is None and end is None:
-        return None
-    begin, stop = _seconds(start), _seconds(end)
-    if stop < begin:
-        raise UserError(f"bad json: a part ends at {end} s, before it starts at {start} s")
-    return begin, stop
-
-
-def _seconds(value: Any) -> float:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not 0 <= value <= MAX_TIME:
-        raise UserError(f"bad json: a time is seconds from 0 to {MAX_TIME:.0e}, not {value!r:.99}")
-    return float(value)
 
 
 def _load_paired(sample: Sample) -> Document:
@@ -292,12 +275,14 @@ def _load_media(kind: str, name: str, data: bytes, **options: float) -> Part:
 
 
 def _encode_parts(document: Document) -> Iterator[dict[str, Any]]:
-    voices, times = iter(document.voices), iter(document.times)
+    voices, times, roles = map(iter, (document.voices, document.times, document.roles))
     for part in document.parts:
         entry = _encode_part(part)
         voice = next(voices, "") if isinstance(part, Audio) else ""
         time = next(times, None)
+        role = next(roles, "")
         entry |= {"start": time[0], "end": time[1]} if time else {}
+        entry |= {"role": role} if role else {}
         yield entry | ({"voice": voice} if voice else {})
 
 

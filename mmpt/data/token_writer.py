@@ -7,6 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import numpy as np
 
 from mmpt.config import UserError
 from mmpt.stream import Segment
-from mmpt.vocab import NUM_GRID_SIZES, Modality, Vocabulary
+from mmpt.vocab import NUM_GRID_SIZES, ROLES, Modality, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knows no roles, and is still written where there are none
 SUFFIX = ".tokens.tar"
 SEGMENT_COLUMNS = ("document", "modality", "offset", "length", "frames", "height", "width")
+
+TABLES = ("spans", "roles")  # arrays that are not codes: a row of each is a segment
 
 Order = Literal["any", "fixed"]
 
@@ -27,13 +30,15 @@ Order = Literal["any", "fixed"]
 class EncodedDocument:
     """A document as codes: text (n,), image (h, w), video (t, h, w), speech (n,), local integers.
 
-    `base` decides what is held out; order "any" lets the loader permute the segments.
+    `base` decides what is held out; order "any" lets the loader permute the segments. roles: who
+    says each segment of a conversation, empty where it is none; equal neighbours are one turn.
     """
 
     key: str
     base: str
     order: Order
     segments: list[Segment]
+    roles: tuple[str, ...] = ()
 
     @property
     def num_codes(self) -> int:
@@ -83,6 +88,7 @@ class ShardWriter:
 
     def check(self, document: EncodedDocument) -> None:
         """Raises UserError when the codes of a document do not fit the vocabulary."""
+        assert not document.roles or len(document.roles) == len(document.segments)
         for segment in document.segments:
             _check_segment(segment, self._vocabulary)
 
@@ -101,13 +107,13 @@ class ShardWriter:
         payloads = {name: _npy(array) for name, array in arrays.items()}
         used = [m for m in Modality if self._vocabulary.has(m)]
         meta = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if "roles" in arrays else 1,
             "keys": [document.key for document in documents],
             "bases": [document.base for document in documents],
             "orders": [document.order for document in documents],
             "fingerprints": {medium_name(m): self._vocabulary.fingerprint_of(m) for m in used},
             "sizes": {medium_name(m): _codec_size(m, self._vocabulary) for m in used},
-            "counts": {name: array.size for name, array in arrays.items() if name != "spans"},
+            "counts": {name: array.size for name, array in arrays.items() if name not in TABLES},
             "separator": self._separator,
             "crc32": {name: zlib.crc32(payload) for name, payload in payloads.items()},
             **extra,
@@ -135,9 +141,9 @@ def _block_arrays(
 ) -> dict[str, np.ndarray]:
     codes: dict[Modality, list[np.ndarray]] = {}
     offsets = dict.fromkeys(Modality, 0)
-    table = []
+    table, roles = [], []
     for number, document in enumerate(documents):
-        for modality, grid in document.segments:
+        for (modality, grid), role in zip_longest(document.segments, document.roles):
             if not grid.size:
                 continue
             shape = (1,) * (3 - grid.ndim) + grid.shape
@@ -145,9 +151,10 @@ def _block_arrays(
             dtype = np.min_scalar_type(_codec_size(modality, vocabulary) - 1)
             codes.setdefault(modality, []).append(grid.reshape(-1).astype(dtype))
             offsets[modality] += grid.size
+            roles.append(ROLES.index(role) + 1 if role else 0)
     arrays = {medium_name(m): np.concatenate(parts) for m, parts in sorted(codes.items())}
     arrays["spans"] = np.array(table, dtype=np.int32).reshape(-1, len(SEGMENT_COLUMNS))
-    return arrays
+    return arrays | ({"roles": np.array(roles, dtype=np.uint8)} if any(roles) else {})
 
 
 def _check_segment(segment: Segment, vocabulary: Vocabulary) -> None:

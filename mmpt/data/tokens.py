@@ -3,8 +3,9 @@
 Members are blocks of many documents, because one member per document costs 70 times the
 throughput. A block has one array of codes per medium (`KEY.text.npy`, `KEY.image.npy`, ..., in the
 smallest unsigned type that holds the codec's size), a table of segments (`KEY.spans.npy`, columns
-`SEGMENT_COLUMNS`) and `KEY.json` (keys, codec fingerprints, counts, checksums). Vocabulary offsets
-are applied when loading, never stored: a new layout needs no new encoding.
+`SEGMENT_COLUMNS`), `KEY.roles.npy` where there are conversations (who says each segment: 1 + its
+place in `ROLES`, 0 for nobody) and `KEY.json` (keys, codec fingerprints, counts, checksums).
+Vocabulary offsets are applied when loading, never stored: a new layout needs no new encoding.
 """
 
 import io
@@ -31,7 +32,7 @@ from mmpt.data.token_writer import (
 )
 from mmpt.flat import offsets
 from mmpt.stream import Segment
-from mmpt.vocab import NUM_GRID_SIZES, Modality, Vocabulary
+from mmpt.vocab import NUM_GRID_SIZES, ROLES, Modality, Vocabulary
 
 __all__ = [
     "SUFFIX",
@@ -166,7 +167,7 @@ class Block:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Medium -> its codes (n,), and "spans" -> the segment table."""
+        """Medium -> its codes (n,), "spans" -> the segment table, "roles" if there are any."""
         for name, crc32 in self.meta["crc32"].items():
             if zlib.crc32(self._payload(f"{name}.npy")) != crc32:
                 raise _damaged(self._path, f"checksum of {name} differs")
@@ -187,12 +188,14 @@ class Block:
         return offset + size - self.arrays[name].nbytes
 
     def document(self, number: int) -> EncodedDocument:
-        table = self.arrays["spans"][self.rows[number] : self.rows[number + 1]].tolist()
+        rows = slice(self.rows[number], self.rows[number + 1])
+        table, roles = self.arrays["spans"][rows].tolist(), self.arrays.get("roles")
         return EncodedDocument(
             self.meta["keys"][number],
             self.meta["bases"][number],
             self.meta["orders"][number],
             [self._segment(*row) for row in table],
+            () if roles is None else tuple(ROLES[role - 1] for role in roles[rows] if role),
         )
 
     def _segment(self, _: int, modality: int, offset: int, length: int, *grid: int) -> Segment:
@@ -233,6 +236,9 @@ def _is_sound(arrays: dict[str, np.ndarray], num_documents: int) -> bool:
     if table.dtype != np.int32 or table.shape[1:] != (len(SEGMENT_COLUMNS),):
         return False
     document, modality, offset, length, *grid = table.astype(np.int64).T
+    roles = arrays.get("roles", np.zeros(len(table), dtype=np.uint8))
+    if roles.dtype != np.uint8 or roles.shape != (len(table),) or (roles > len(ROLES)).any():
+        return False
     sizes = np.zeros(len(Modality), dtype=np.int64)
     for medium in Modality:
         codes = arrays.get(medium_name(medium), np.zeros(0, dtype=np.uint8))

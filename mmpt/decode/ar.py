@@ -32,6 +32,31 @@ def generate_block(
     unconditional: Prompts | None = None,
 ) -> list[np.ndarray]:
     """The next `length` codes, as ids int64 (length,), of the span that each prompt has open."""
+    steps = block_steps(
+        model,
+        vocabulary,
+        prompts,
+        modality=modality,
+        length=length,
+        sampling=sampling,
+        generators=generators,
+        unconditional=unconditional,
+    )
+    return list(torch.stack(list(steps), dim=1).cpu().numpy())
+
+
+def block_steps(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompts: Prompts,
+    *,
+    modality: Modality,
+    length: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    unconditional: Prompts | None = None,
+) -> Iterator[torch.Tensor]:
+    """`generate_block` as an iterator: the new ids int64 (samples,) of each step."""
     grammars = check_open(vocabulary, [*prompts, *(unconditional or ())], modality, length)
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
@@ -41,16 +66,16 @@ def generate_block(
         vocabulary.num_codebooks(modality),
     )
     places = torch.tensor([g.place for g in grammars[: len(prompts)]], device=prefix.device)
-    ids: list[torch.Tensor] = []
+    new = None
     for step in range(length):
-        if ids:
-            prefix.push(ids[-1], [modality] * len(prompts), [True] * len(prompts))
+        if new is not None:
+            prefix.push(new, [modality] * len(prompts), [True] * len(prompts))
         scores = prefix.scores(candidates)
         if num_books > 1:
             wanted = (places + step) % num_books
             scores = scores.masked_fill(book != wanted[:, None], -torch.inf)
-        ids.append(candidates[sampling.choose(scores, uniform[:, step])])
-    return list(torch.stack(ids, dim=1).cpu().numpy())
+        new = candidates[sampling.choose(scores, uniform[:, step])]
+        yield new
 
 
 class Step(NamedTuple):
@@ -71,6 +96,7 @@ def generate(
     allow: Collection[Modality] = tuple(Modality),
     shapes: Shapes | None = None,
     stop: Stop = "document",
+    ends: Collection[str] = ("<eod>",),
     unconditional: Prompts | None = None,
 ) -> list[np.ndarray]:
     """The new ids of each prompt, int64 (n,): what `generate_steps` yields, joined."""
@@ -85,6 +111,7 @@ def generate(
         allow=allow,
         shapes=shapes,
         stop=stop,
+        ends=ends,
         unconditional=unconditional,
     ):
         for ids, token in zip(out, step.ids, strict=True):
@@ -103,15 +130,16 @@ def generate_steps(
     allow: Collection[Modality] = tuple(Modality),
     shapes: Shapes | None = None,
     stop: Stop = "document",
+    ends: Collection[str] = ("<eod>",),
     unconditional: Prompts | None = None,
 ) -> Iterator[Step]:
-    """Continue each prompt by at most `max_ids` ids, until `<eod>` (which is the last id then).
+    """Continue each prompt by at most `max_ids` ids, until one of `ends` (the last id then).
 
     allow: the media that may be written. shapes: the grids that may be begun, per medium; any that
     fits where a medium has none. stop = "header" also stops a sample right behind the header of a
     span, so that the caller can fill the span in parallel and go on.
     """
-    grammars = [Grammar(vocabulary, allow=allow, shapes=shapes) for _ in prompts]
+    grammars = [Grammar(vocabulary, allow=allow, shapes=shapes, ends=ends) for _ in prompts]
     for grammar, prompt in zip(grammars, prompts, strict=True):
         grammar.read(prompt)
         if grammar.in_codes and grammar.remaining >= max_ids:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmpt.config import UserError
-from mmpt.decode.noise import Alphabet, make_path
+from mmpt.decode.noise import Alphabet
 from mmpt.decode.passes import Denoising, refine
 from mmpt.decode.prefix import Prefix, Prompts
 from mmpt.decode.samplers import SAMPLERS
@@ -40,7 +40,7 @@ class Blocks:
                 f"this model has no noisy group for {name}: it was never adapted to denoise it; "
                 "run mmpt adapt, or use decoder='ar'"
             )
-        self.alphabet = _alphabet(model, vocabulary, modality)
+        self.alphabet = Alphabet.of(model, vocabulary, modality)
         self.sampler = SAMPLERS[denoising.sampler](denoising, self.alphabet.path)
         self.prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
         self.nfe = 0  # forward passes so far, but for the prompts
@@ -142,13 +142,3 @@ def check_counts(num_prompts: int, **what: Sequence[Any] | None) -> None:
 def join(written: list[np.ndarray], more: list[np.ndarray]) -> list[np.ndarray]:
     """Of each sample, the one behind the other."""
     return [np.concatenate(pair) for pair in zip(written, more, strict=True)]
-
-
-def _alphabet(model: Decoder, vocabulary: Vocabulary, modality: Modality) -> Alphabet:
-    if modality != Modality.TEXT:
-        return Alphabet.of(model, vocabulary, modality)
-    # text ids alone: what is structure is not for blocks to say
-    ids_V = torch.arange(vocabulary.num_text, device=model.embedding.device)
-    masked = ids_V.new_tensor([vocabulary.structure_id("<null>")])
-    path = make_path(model.config.noise, torch.zeros_like(ids_V), model.embedding.detach()[ids_V])
-    return Alphabet(ids_V, torch.cat((ids_V, masked)), torch.zeros_like(ids_V), path)

@@ -13,10 +13,12 @@ Legend: B batch, L clean ids of a row, M noisy ids of a row, N codes of a block,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmpt.decode.ar import codebook_of
 from mmpt.decode.noise import Alphabet, denoised_ids, denoised_media
@@ -25,6 +27,8 @@ from mmpt.model.rotary import axes_of
 from mmpt.model.transformer import Decoder
 from mmpt.stream import SPAN_COLUMNS, Rows
 from mmpt.vocab import Modality, Vocabulary
+
+SCORES = 1 << 22  # of candidates, that exist at a time
 
 
 @dataclass
@@ -134,11 +138,10 @@ def joint_forward(
 
 
 class BlockLoss(NamedTuple):
-    """Weighted sum of cross-entropies in nats (with gradient), the sum of weights, and the hits."""
+    """Weighted sum of cross-entropies in nats (with gradient), and the sum of weights."""
 
     nats: torch.Tensor
     weight: torch.Tensor
-    correct: torch.Tensor  # weighted count of labels that had the best score
 
 
 def denoising_loss(
@@ -148,23 +151,43 @@ def denoising_loss(
 
     On the mixture and the metric path all positions count alike, kept or not, and at every time
     (URSA, arXiv 2510.24717). The sums of several batches or ranks may be added before dividing.
+    Where there are more than `SCORES`, they are made in parts, and again for the gradients.
     """
-    out = {}
+    out, head = {}, model.embedding if model.head is None else model.head
     for modality in denoised_media(vocabulary, model.config.noise):
         candidates = denoised_ids(vocabulary, modality, hidden.device)
         index = torch.full((len(vocabulary) + 1,), -1, device=hidden.device)  # label -1: the last
         index[candidates] = torch.arange(len(candidates), device=hidden.device)
         label = index[joint.labels]
         chosen = (joint.modality == modality) & (label >= 0) & (joint.loss_weight > 0)
-        logits, label = model.logits(hidden[chosen], candidates), label[chosen]
+        book = None
         if modality != Modality.TEXT and vocabulary.num_codebooks(modality) > 1:
-            book = codebook_of(vocabulary, modality, candidates)  # a position has one codebook
-            logits = logits.masked_fill(book != book[label][:, None], -torch.inf)
-        weight = joint.loss_weight[chosen].to(logits.dtype)
-        nats = F.cross_entropy(logits, label, reduction="none")
-        hits = (logits.detach().argmax(-1) == label).to(weight.dtype)
-        out[modality] = BlockLoss((nats * weight).sum(), weight.sum(), (hits * weight).sum())
+            book = codebook_of(vocabulary, modality, candidates)
+        columns = hidden[chosen], label[chosen], joint.loss_weight[chosen]
+        head_VD, rows = head.index_select(0, candidates), max(1, SCORES // len(candidates))
+        measure = partial(_weighted_nats, head_VD=head_VD, book=book)
+        if len(columns[0]) > rows:
+            measure = partial(checkpoint, measure, use_reentrant=False)
+        parts = zip(*(column.split(rows) for column in columns), strict=True)
+        nats = torch.stack(cast(list[torch.Tensor], [measure(*part) for part in parts])).sum()
+        out[modality] = BlockLoss(nats, columns[2].to(nats.dtype).sum())
     return out
+
+
+def _weighted_nats(
+    hidden: torch.Tensor,
+    label: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    head_VD: torch.Tensor,
+    book: torch.Tensor | None,
+) -> torch.Tensor:
+    """book: int64 (V,), where candidates have several: a position has that of its label."""
+    scores = F.linear(hidden, head_VD)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if book is not None:
+        scores = scores.masked_fill(book != book[label][:, None], -torch.inf)
+    return (F.cross_entropy(scores, label, reduction="none") * weight.to(scores.dtype)).sum()
 
 
 class _Drawn(NamedTuple):

@@ -135,10 +135,10 @@ class Metric(NoisePath):
     def corrupt(
         self, clean: torch.Tensor, time: torch.Tensor, uniform: torch.Tensor
     ) -> torch.Tensor:
-        sharpness = self._sharpness(time.double()).expand(clean.shape)
+        sharpness = self.sharpness(time.double()).expand(clean.shape)
         out = []
         for code, b, u in self._chunks(clean, sharpness, uniform[0]):
-            p = (-b[:, None] * self._distance(code)).softmax(-1)
+            p = (-b[:, None] * self.distance(code)).softmax(-1)
             out.append(draw(p.double(), u))
         return torch.cat(out).view_as(clean)
 
@@ -152,11 +152,11 @@ class Metric(NoisePath):
     ) -> torch.Tensor:
         if then >= 1:
             return guess
-        begin, end = self._sharpness(torch.tensor([now, then], dtype=torch.float64)).tolist()
+        begin, end = self.sharpness(torch.tensor([now, then], dtype=torch.float64)).tolist()
         out = []
         for code, at, leaves, where in self._chunks(guess, index, *uniform):
             # the increment of b instead of its slope times dt: it is finite at time 0, too
-            distance = self._distance(code)
+            distance = self.distance(code)
             closer = (distance.gather(1, at[:, None]) - distance).clamp(min=0)
             rate = ((-begin * distance).softmax(-1) * (end - begin) * closer).double()
             jumps = leaves < -torch.expm1(-rate.sum(-1))
@@ -167,17 +167,18 @@ class Metric(NoisePath):
         rows = max(1, CHUNK // len(self.book_V))
         return zip(*(x.flatten().split(rows) for x in each), strict=True)
 
-    def _sharpness(self, time: torch.Tensor) -> torch.Tensor:
+    def sharpness(self, time: torch.Tensor) -> torch.Tensor:
+        """float32, b(t) of the path at times of any shape."""
         # never 0, which makes no number of the inf to other codebooks, and at time 1 only so large
         # that nothing but the code itself is left
         b = self.scale * (time / (1 - time)) ** self.power
         return b.clamp(1e-30, 1e9).float()
 
-    def _distance(self, code: torch.Tensor) -> torch.Tensor:
+    def distance(self, code: torch.Tensor) -> torch.Tensor:
+        """float32 (n, V): squared distances from codes (n,); inf to other codebooks."""
         return self._measure(code) if self._table_VV is None else self._table_VV[code]
 
     def _measure(self, code: torch.Tensor) -> torch.Tensor:
-        """float32 (n, V): squared distances from codes (n,); inf to other codebooks."""
         distance = 2 - 2 * self.vectors_VD[code] @ self.vectors_VD.T
         distance = distance.clamp(min=0).scatter(1, code[:, None], 0.0)
         return distance.masked_fill(self.book_V[code, None] != self.book_V, torch.inf)

@@ -182,11 +182,11 @@ def _metric_rate(
 
     One clean value at a time; those of probability 0 cost nothing, and top_p makes many.
     """
-    begin, end = path._sharpness(torch.tensor([step.now, step.then], dtype=torch.float64)).tolist()
+    begin, end = path.sharpness(torch.tensor([step.now, step.then], dtype=torch.float64)).tolist()
     rate = torch.zeros_like(p_PV)
     rows = max(1, CHUNK // p_PV.shape[1])
     for where, clean in zip(*(x.split(rows) for x in p_PV.nonzero().unbind(1)), strict=True):
-        distance = path._distance(clean)
+        distance = path.distance(clean)
         closer = (distance.gather(1, index_P[where, None]) - distance).clamp(min=0)
         other = distance.isinf()  # codebooks, whose 0 times inf is no number
         sharp = (-begin * distance).masked_fill(other, -torch.inf).softmax(-1)

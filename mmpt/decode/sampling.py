@@ -102,7 +102,9 @@ class Grammar:
         *,
         allow: Collection[Modality] = tuple(Modality),
         shapes: Shapes | None = None,
+        ends: Collection[str] = ("<eod>",),
     ) -> None:
+        """ends: names of the structure ids behind which nothing comes."""
         self.vocabulary, self.shapes = vocabulary, shapes or {}
         self.open: Modality | None = None  # the medium of the span we are in
         self.sizes: list[int] = []
@@ -110,11 +112,11 @@ class Grammar:
         self.ended = False
         self._begins = {vocabulary.structure_id(BEGIN[m]): m for m in MEDIA if vocabulary.has(m)}
         self._ends = {m: vocabulary.structure_id(END[m]) for m in MEDIA}
-        self._end_of_document = vocabulary.structure_id("<eod>")
+        self._last = [vocabulary.structure_id(name) for name in ends]
         self._allow = [m for m in self._begins.values() if m in allow]
         self._text = np.zeros(len(vocabulary), dtype=bool)
         self._text[: vocabulary.num_text] = Modality.TEXT in allow
-        self._text[self._end_of_document] = True
+        self._text[self._last] = True
         self._outside: dict[tuple[Modality, ...], np.ndarray] = {}  # by the media that may begin
 
     @property
@@ -136,7 +138,7 @@ class Grammar:
         """Take the next id; returns its medium. Raises UserError where it cannot stand."""
         if self.open is None:
             self.open, self.sizes = self._begins.get(token), []
-            self.ended = token == self._end_of_document
+            self.ended = token in self._last
             if self.open is None and token >= self.vocabulary.num_text + len(
                 self.vocabulary.structure
             ):

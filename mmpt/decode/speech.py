@@ -4,14 +4,14 @@ The model writes each span's header one id at a time, and so decides how long th
 whether another one follows; the codes are filled in by either decoder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
 
 from mmpt.data.layout import speech_span
-from mmpt.decode.ar import generate, generate_block
-from mmpt.decode.denoise import denoise_block
+from mmpt.decode.ar import block_steps, generate
+from mmpt.decode.denoise import denoise_passes
 from mmpt.decode.passes import Denoising
 from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
@@ -57,11 +57,38 @@ def speak_spans(
     generator: torch.Generator,
     unconditional: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """At least one span of speech behind the prompt, each as ids (n,) as soon as it is written.
+    """At least one span of speech behind the prompt, as ids (n,): what `speak_steps` finishes."""
+    steps = speak_steps(
+        model,
+        vocabulary,
+        prompt,
+        max_codes=max_codes,
+        denoising=denoising,
+        sampling=sampling,
+        generator=generator,
+        unconditional=unconditional,
+    )
+    return (span for span in steps if span is not None)
+
+
+def speak_steps(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompt: np.ndarray,
+    *,
+    max_codes: int,
+    denoising: Denoising | None,
+    sampling: Sampling,
+    generator: torch.Generator,
+    ends: Collection[str] = ("<eod>",),
+    unconditional: np.ndarray | None = None,
+) -> Iterator[np.ndarray | None]:
+    """At least one span of speech behind the prompt, each as ids (n,) as soon as it is written;
+    None behind each pass before.
 
     prompt: ids that end outside a span. denoising: None decodes one id at a time; samplers by order
-    take at most as many passes as a span has codes. It ends when the model ends the document
-    (`<eod>` comes last then), or after `max_codes` codes.
+    take at most as many passes as a span has codes. It ends when the model writes one of
+    `ends` (which comes last then), or after `max_codes` codes.
     """
     most, num_codebooks = speech_span(vocabulary), vocabulary.num_codebooks(SPEECH)
     begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
@@ -78,13 +105,14 @@ def speak_spans(
             allow=(SPEECH,),
             shapes={SPEECH: [(size,) for size in sizes]},
             stop="header",
+            ends=ends,
             sampling=sampling,
             generators=[generator],
             unconditional=None if free is None else [free],
         )
         ids = np.append(ids, header)
         size = vocabulary.size_of(int(header[-1]))
-        if size is None:  # <eod>: nothing more to say
+        if size is None:  # one of `ends`: nothing more to say
             yield ids[shown:]
             return
         free = None if free is None else np.append(free, header)
@@ -96,10 +124,17 @@ def speak_spans(
             "unconditional": None if free is None else [free],
         }
         if denoising is None:
-            [codes] = generate_block(model, vocabulary, [ids], **options)
+            steps = []
+            for step in block_steps(model, vocabulary, [ids], **options):
+                steps.append(step)
+                yield None
+            codes = torch.cat(steps).cpu().numpy()
         else:
             options["denoising"] = denoising.fit(size)
-            [codes] = denoise_block(model, vocabulary, [ids], **options)
+            codes = np.zeros(0, dtype=np.int64)
+            for passed in denoise_passes(model, vocabulary, [ids], **options):
+                [codes] = passed.codes
+                yield None
         ids = np.concatenate([ids, codes, [end]])
         free = None if free is None else np.concatenate([free, codes, [end]])
         left -= size

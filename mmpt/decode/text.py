@@ -31,12 +31,13 @@ def denoise_text(
     generators: Sequence[torch.Generator],
     denoising: Denoising | None = None,
     allow: Sequence[Modality] = (),
+    ends: Sequence[str] = ("<eod>",),
     unconditional: Prompts | None = None,
 ) -> Iterator[Pass]:
     """Continue each prompt by at most `max_ids` ids, in blocks of `model.config.noise.text_block`.
 
-    A sample stops behind the id that ends its text: `<eod>`, or the begin of a medium of `allow`,
-    whose span is for the caller to go on with. Ids are committed block by block.
+    A sample stops behind the id that ends its text: one of `ends`, or the begin of a medium of
+    `allow`, whose span is for the caller to go on with. Ids are committed block by block.
     """
     size, denoising = model.config.noise.text_block, denoising or Denoising()
     if not size:
@@ -60,10 +61,10 @@ def denoise_text(
         generators=generators,
         unconditional=unconditional,
     )
-    mask = Grammar(vocabulary, allow=(Modality.TEXT, *allow)).candidates(max_ids)
+    mask = Grammar(vocabulary, allow=(Modality.TEXT, *allow), ends=ends).candidates(max_ids)
     candidates = torch.from_numpy(mask.nonzero()[0]).to(blocks.prefix.device)
-    ends = _draw_ends(blocks, candidates, blocks.prefix.hidden[:, None], [1] * len(prompts))
-    written = [end[end >= 0] for end in ends]
+    drawn = _draw_ends(blocks, candidates, blocks.prefix.hidden[:, None], [1] * len(prompts))
+    written = [end[end >= 0] for end in drawn]
     open_ = [not len(end) for end in written]
     done, total = 0, -(-max_ids // size) * len(blocks.sampler.steps)
     for start in range(0, max_ids, size):
@@ -76,8 +77,8 @@ def denoise_text(
             done += 1
             yield Pass(done, total, join(written, blocks.codes), before, blocks.nfe)
         codes = blocks.codes
-        ends = _draw_ends(blocks, candidates, blocks.commit(), sizes)
-        for row, (ids, end) in enumerate(zip(codes, ends, strict=True)):
+        drawn = _draw_ends(blocks, candidates, blocks.commit(), sizes)
+        for row, (ids, end) in enumerate(zip(codes, drawn, strict=True)):
             [stop] = np.flatnonzero(end >= 0)[:1].tolist() or [None]
             more = ids if stop is None else np.append(ids[: stop + 1], end[stop])
             written[row] = np.concatenate([written[row], more])[:max_ids]

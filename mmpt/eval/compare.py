@@ -10,18 +10,20 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from mmpt.config import UserError, load_recipe, write_atomic
 from mmpt.data.tokens import open_shards
 from mmpt.doctor import doctor
+from mmpt.eval.gate_inception import WIDTH, Inception
 from mmpt.eval.gate_metrics import (
     Accuracy,
     CodeEntropy,
     DistinctCodes,
     FeatureDistance,
+    FrechetFeatures,
     KernelFeatures,
     Likelihood,
     Metric,
@@ -31,62 +33,17 @@ from mmpt.eval.gate_metrics import (
 )
 from mmpt.eval.gate_page import render_gate
 from mmpt.eval.gate_pictures import PictureJudge, picture_judge
+from mmpt.eval.gate_recipe import GateRecipe
 from mmpt.eval.gate_samples import System, draw_system, find_prompts, mean_seconds, real_system
 from mmpt.eval.gate_stats import Margin, Outcome, Verdict, noninferiority, value
 from mmpt.eval.passes import Passes
 from mmpt.pipeline import Pipeline
-from mmpt.results import Medium, Method, Settings
+from mmpt.results import Medium, Settings
 from mmpt.tokenizers.cards.system import require
 from mmpt.tokenizers.judge import GrammarJudge, WhisperJudge
 from mmpt.vocab import Modality
 
-MEDIA = ("image", "video", "speech")
 ONE_PASS, SHUFFLED = "one pass", "shuffled prompts"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margins:
-    """How much worse is as good: of the reference's value, or, where it says so, in points."""
-
-    likelihood: float = 0.02
-    accuracy: float = 0.02  # points: 0.02 of all pictures
-    word_errors: float = 0.03  # points: 0.03 of all words
-    features: float = 0.05
-    kernel: float = 0.05  # absolute; the kernel itself is at most 8
-    entropy: float = 0.05
-    distinct: float = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateRecipe:
-    """What is drawn and how it is judged. num_samples: of each prompt, by each way to decode."""
-
-    compare: dict[str, Settings]  # name -> how it decodes
-    prompts: dict[str, tuple[str, ...]]  # medium -> names of token shards
-    num_prompts: int = 200  # of each medium, at most
-    num_samples: int = 1
-    given_frames: int = 9  # of videos, which go on from them
-    seed: int = 0
-    margins: Margins = field(default_factory=Margins)
-    pictures: tuple[str, ...] = ()  # raw shards that the judge of pictures learns from
-    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> words of captions
-    epochs: int = 20  # of the judge of pictures
-    whisper: str = ""  # folder of a judge of speech; else pocketsphinx with a grammar
-    num_shown: int = 6  # prompts on the page
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_samples", "epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}; use 1 or more")
-        for medium in self.prompts:
-            if medium not in MEDIA:
-                raise UserError(f"prompts.{medium}: choose from {', '.join(MEDIA)}")
-        for name, settings in self.compare.items():
-            if name in get_args(Method) and settings.decoder != name:
-                raise UserError(
-                    f"[compare.{name}] has decoder = {settings.decoder!r}; say decoder = {name!r}, "
-                    "or give the table another name"
-                )
 
 
 def compare_decoders(
@@ -154,6 +111,8 @@ class Comparison:
             raise UserError(
                 f"{tokens} has {len(self.prompts)} held-out prompts for {medium}; two are the least"
             )
+        wanted = medium == "image" and gate.inception
+        self.inception = Inception(gate.inception) if wanted else None
         self.systems: list[System] = []
 
     def run(self) -> dict[str, Any]:
@@ -204,6 +163,7 @@ class Comparison:
                 margin=likelihood,
             ),
             *(self._of_speech() if self.medium == "speech" else self._of_pictures(real)),
+            *(self._of_inception(self.inception, real) if self.inception else ()),
             CodeEntropy(vocabulary=vocabulary, modality=self.modality, margin=entropy),
             DistinctCodes(margin=distinct),
         ]
@@ -218,7 +178,7 @@ class Comparison:
         judge: PictureJudge = picture_judge(
             gate.pictures, gate.classes, epochs=gate.epochs, seed=gate.seed, folder=self.out
         )
-        pictures = Pictures(judge=judge)
+        pictures = Pictures(eye=judge)
         features = Margin(size=margins.features, relative=True)
         found: list[Metric] = [
             FeatureDistance(pictures=pictures, real=real, margin=features),
@@ -228,6 +188,26 @@ class Comparison:
             accuracy = Margin(size=margins.accuracy, higher_is_better=True)
             found.append(Accuracy(judge=judge, margin=accuracy))
         return found
+
+    def _of_inception(self, inception: Inception, real: System) -> list[Metric]:
+        pictures, margins = Pictures(eye=inception, unit=False), self.gate.margins
+        return [
+            FrechetFeatures(
+                pictures=pictures,
+                real=real,
+                margin=Margin(size=margins.frechet, relative=True),
+                name="FID, InceptionV3",
+                unit="squared, of few pictures",
+            ),
+            KernelFeatures(
+                pictures=pictures,
+                real=real,
+                margin=Margin(size=margins.inception),
+                scale=1 / WIDTH,
+                name="KID, InceptionV3",
+                unit="squared, of few pictures",
+            ),
+        ]
 
     def _sayable(self) -> list[Any]:
         try:

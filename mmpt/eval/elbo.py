@@ -1,9 +1,14 @@
 """How likely an adapted model finds held-out media when it denoises them, beside autoregression.
 
-A block of an image, of a frame or of speech is bounded from above in nats, given the clean ids
-before it; those of a span or a video add up. Autoregressive nats are of the same codes among the
-same candidates: the used codes of the codebook of each position. The metric path has no simple
-bound; cross-entropy and accuracy by the time of the noise are reported for all paths.
+A block of an image, of a frame, of speech or of text is bounded from above in nats, given the clean
+ids before it; those of a span or a video add up. Autoregressive nats are of the same codes among
+the same candidates: the used codes of the codebook of each position, of text its plain ids. The
+metric path has no simple bound; cross-entropy and accuracy by the time of the noise are reported
+for all paths.
+
+Text is cut as decoding cuts it, every `text_block` ids from where it begins. Where it ends is left
+out: both ways to decode draw that from the same autoregressive probabilities. So the difference is
+the price of text in blocks, measured from above, as the bound is.
 """
 
 import zlib
@@ -15,13 +20,13 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.data.tokens import EncodedDocument
-from mmpt.decode.noise import Alphabet
+from mmpt.decode.noise import Alphabet, denoised_media
 from mmpt.eval.bounds import LEVELS, bound_copies, level_copies, shares_of
 from mmpt.eval.denoised import AUTOREGRESSIVE, BOUND, Block, Piece, Scorer, Sums
 from mmpt.eval.heldout import LENGTH, content_streams
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Stream
-from mmpt.vocab import MEDIA, Modality, Vocabulary
+from mmpt.vocab import Modality, Vocabulary
 
 FITTED_ON = 64  # training documents
 
@@ -41,7 +46,7 @@ def evaluate_bounds(
     if draws < 1:
         raise UserError(f"draws = {draws}; use 1 or more")
     rows = {}
-    for modality in MEDIA:
+    for modality in denoised_media(vocabulary, model.config.noise):
         seen, held = (
             [d for d in documents if any(s.modality == modality for s in d.segments)]
             for documents in (train, heldout)
@@ -68,14 +73,14 @@ def bound_modality(
     never used are left out, and counted. shares: for each quarter of the time, the one of `SHARES`
     that is best for some of the training documents.
     """
-    alphabet = Alphabet.of(model, vocabulary, modality)
+    alphabet, size = Alphabet.of(model, vocabulary, modality), model.config.noise.text_block
     scorer = Scorer(model, vocabulary, modality, alphabet)
 
     def laid_out(documents: Sequence[EncodedDocument]) -> tuple[list[Piece], int]:
         pieces = [
             piece
             for document in documents
-            for piece in _pieces(document, vocabulary, modality, separator, alphabet, draws)
+            for piece in _pieces(document, vocabulary, modality, separator, alphabet, draws, size)
         ]
         return [p for p in pieces if p.blocks], sum(p.left_out for p in pieces)
 
@@ -88,7 +93,19 @@ def bound_modality(
         seen, _ = laid_out(train[:: max(1, len(train) // FITTED_ON)])
         best = scorer.sums(seen).nats[:, BOUND:AUTOREGRESSIVE].sum(0).argmin(-1)
     row = _report(held, scorer.sums(held), best) | {"blocks_left_out": left_out}
+    if modality == Modality.TEXT and "upper_bound" in row:
+        row["price_of_blocks"] = _price(row, size)
     return row | ({"shares": [shares[n] for n in best]} if len(shares) > 1 else {})
+
+
+def _price(row: dict[str, Any], size: int) -> dict[str, Any]:
+    gap = row["upper_bound_minus_autoregressive"]
+    return {
+        "ids_of_a_block": size,
+        "nats_an_id": gap["nats"],
+        "standard_error": gap["standard_error"],
+        "percent": round(100 * gap["nats"] / row["autoregressive"]["nats"], 2),
+    }
 
 
 def _pieces(
@@ -98,6 +115,7 @@ def _pieces(
     separator: np.ndarray,
     alphabet: Alphabet,
     draws: int,
+    text_block: int,
 ) -> Iterator[Piece]:
     # noise is a function of the document's key, whatever other documents there are
     generator = torch.Generator().manual_seed(zlib.crc32(document.key.encode()))
@@ -106,7 +124,11 @@ def _pieces(
     ]
     length = LENGTH + max(spans, default=0)  # no span is cut, nor parted from what it is about
     for stream in content_streams(document, vocabulary, modality, separator, length=length):
-        blocks, places = [], list(_places(stream.told, modality))
+        if modality == Modality.TEXT:
+            places = list(_text_places(stream.told, vocabulary, text_block))
+        else:
+            places = list(_places(stream.told, modality))
+        blocks = []
         for place in places:
             ids = stream.ids[place]
             if not vocabulary.allowed[modality][ids].all():
@@ -125,6 +147,16 @@ def _places(stream: Stream, modality: Modality) -> Iterator[slice]:
         if span.modality == modality and stream.loss_weight[span.start] > 0:
             for start in range(span.start, span.start + span.length, size):
                 yield slice(start, start + size)
+
+
+def _text_places(stream: Stream, vocabulary: Vocabulary, size: int) -> Iterator[slice]:
+    """Runs of plain text, what separates texts included, cut every `size` ids."""
+    plain = (stream.modality == Modality.TEXT) & (stream.ids < vocabulary.num_text)
+    plain[0] = False  # nothing stands before it
+    edges = np.flatnonzero(np.diff(plain, append=False)) + 1
+    for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        for start in range(begin, end, size):
+            yield slice(start, min(start + size, end))
 
 
 def _report(pieces: Sequence[Piece], sums: Sums, best: torch.Tensor) -> dict[str, Any]:

@@ -12,7 +12,14 @@ import numpy as np
 
 from mmpt.eval.gate_pictures import PictureJudge
 from mmpt.eval.gate_samples import Answer, Prompt, System
-from mmpt.eval.gate_stats import Entropy, KernelDistance, Margin, Ratio, Statistic
+from mmpt.eval.gate_stats import (
+    Entropy,
+    FrechetDistance,
+    KernelDistance,
+    Margin,
+    Ratio,
+    Statistic,
+)
 from mmpt.eval.passes import Passes
 from mmpt.parts import Audio, Image, Part, Video
 from mmpt.tokenizers.cards.speech import Utterance
@@ -87,15 +94,27 @@ class DistinctCodes:
         return Ratio(system.by_prompt(distinct), system.by_prompt(sizes))
 
 
+class Eye(Protocol):
+    """A frozen network that gives features."""
+
+    def features(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """float (N, F) of uint8 (height, width, 3) pictures."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Pictures:
-    """The judge's features of every answer; a clip's are the mean over the frames it adds."""
+    """An eye's features of every answer; a clip's are the mean over the frames it adds.
 
-    judge: PictureJudge
+    unit: whether they are made of length 1.
+    """
+
+    eye: Eye
+    unit: bool = True
     _known: dict[System, np.ndarray] = field(default_factory=dict)
 
     def features(self, system: System) -> np.ndarray:
-        """float (answers, F) of length 1 each."""
+        """float (answers, F)."""
         if system not in self._known:
             self._known[system] = self._features(system)
         return self._known[system]
@@ -103,9 +122,9 @@ class Pictures:
     def _features(self, system: System) -> np.ndarray:
         frames = [own_frames(part, a.prompt) for part, a in zip_parts(system)]
         ends = np.cumsum([len(each) for each in frames])
-        flat = self.judge.features([frame for each in frames for frame in each])
+        flat = self.eye.features([frame for each in frames for frame in each])
         means = np.stack([each.mean(0) for each in np.split(flat, ends[:-1])])
-        return means / np.linalg.norm(means, axis=1, keepdims=True)
+        return means / np.linalg.norm(means, axis=1, keepdims=True) if self.unit else means
 
 
 @dataclass(kw_only=True)
@@ -129,11 +148,15 @@ class FeatureDistance:
 
 @dataclass(kw_only=True)
 class KernelFeatures:
-    """Kernel distance (KID: cubic kernel) between the answers and real media, in features."""
+    """Kernel distance (KID: cubic kernel) between the answers and real media, in features.
+
+    scale: of the products of features; KID divides by their number.
+    """
 
     pictures: Pictures
     real: System
     margin: Margin
+    scale: float = 1.0
     name: str = "kernel distance"
     unit: str = "squared"
     guard: bool = False
@@ -144,8 +167,25 @@ class KernelFeatures:
         sums[[a.place for a in system.answers], range(len(system.answers))] = 1
         mean = sums / sums.sum(1, keepdims=True)
         x, y = self.pictures.features(system), self.pictures.features(self.real)
-        samples = mean @ (x @ x.T + 1) ** 3 @ mean.T
-        return KernelDistance(samples, (y @ y.T + 1) ** 3, mean @ (x @ y.T + 1) ** 3)
+        xx, yy, xy = ((self.scale * (a @ b.T) + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        return KernelDistance(mean @ xx @ mean.T, yy, mean @ xy)
+
+
+@dataclass(kw_only=True)
+class FrechetFeatures:
+    """Frechet distance (FID) between the answers and real media, in features."""
+
+    pictures: Pictures
+    real: System
+    margin: Margin
+    name: str = "Frechet distance"
+    unit: str = "squared"
+    guard: bool = False
+
+    def measure(self, system: System) -> FrechetDistance:
+        places = np.array([answer.place for answer in system.answers])
+        ours, real = (self.pictures.features(each) for each in (system, self.real))
+        return FrechetDistance(ours, real, places)
 
 
 @dataclass(kw_only=True)

@@ -19,8 +19,10 @@ A candidate is not inferior where the upper bound lies below the margin, inferio
 bound lies above it; between them, or with fewer than {FEWEST} prompts, the gate cannot tell. A
 metric counts only if it can tell good from bad here: the same test must call inferior the
 reference's own samples when they are judged beside other prompts, and samples of one pass with the
-candidate's settings. Guards need no such control: they say whether fewer different codes were used,
-by which a likelihood can be bought. A candidate passes when all that counts is not inferior.
+candidate's settings. Distances between all samples and all real media (kernel, FID, KID) do not
+look at prompts, so they are shown, but do not count. Guards need no such control: they say whether
+fewer different codes were used, by which a likelihood can be bought. A candidate passes when all
+that counts is not inferior.
 Margins were fixed in the recipe."""
 PLACES = "The first prompts in the order of a hash of their names, and the first sample of each."
 REAL = "real, through the codec"

@@ -12,7 +12,7 @@ Percentiles of a bootstrap are too narrow for few prompts; they are taken a litt
 far as Student's t lies beyond the normal (Hesterberg 2015, "expanded percentiles"). When several
 metrics must all be not inferior, each may be tested at its full level (intersection-union).
 
-Legend: N prompts, B draws, V codes.
+Legend: N prompts, B draws, V codes, M samples, F features.
 """
 
 from dataclasses import dataclass
@@ -93,6 +93,45 @@ class KernelDistance:
         kernel = kernel - np.diag(np.diag(kernel))
         pairs = times.sum(1) ** 2 - (times**2).sum(1)
         return ((times @ kernel) * times).sum(1) / pairs
+
+
+class FrechetDistance:
+    """Distance of two normal distributions with the means and covariances of features (FID).
+
+    The root of the product of covariances has the trace that is the sum of the singular values of
+    the centred features' products, so no matrix is larger than there are samples.
+    """
+
+    def __init__(self, samples: np.ndarray, real: np.ndarray, places: np.ndarray) -> None:
+        """samples: float64 (M, F), places: int (M,), the prompt of each. real: (N, F)."""
+        middle = real.mean(0)  # of no matter but for rounding
+        x, y = samples - middle, real - middle
+        self.places, self.num_prompts = places, len(real)
+        self.within, self.real, self.across = x @ x.T, y @ y.T, x @ y.T
+
+    @property
+    def counted(self) -> np.ndarray:
+        return np.ones(self.num_prompts, dtype=bool)
+
+    def redraw(self, times: np.ndarray) -> np.ndarray:
+        return np.array([self._distance(row[self.places], row) for row in times])
+
+    def _distance(self, often: np.ndarray, times: np.ndarray) -> float:
+        """often: how many times each sample was drawn, times: each real one."""
+        of, on = np.flatnonzero(often), np.flatnonzero(times)
+        p, q = often[of] / often.sum(), times[on] / times.sum()
+        within, real = self.within[np.ix_(of, of)], self.real[np.ix_(on, on)]
+        across = self.across[np.ix_(of, on)]
+        means = p @ within @ p, q @ real @ q
+        apart = means[0] + means[1] - 2 * p @ across @ q
+        # covariances divide by one less than there are
+        scale = often.sum() / (often.sum() - 1), times.sum() / (times.sum() - 1)
+        spread = scale[0] * (p @ np.diag(within) - means[0])
+        spread += scale[1] * (q @ np.diag(real) - means[1])
+        centred = across - (across @ q)[:, None] - (p @ across) + p @ across @ q
+        weight = np.sqrt(np.outer(p * scale[0], q * scale[1]))
+        root = np.linalg.svd(centred * weight, compute_uv=False).sum()
+        return float(apart + spread - 2 * root)
 
 
 @dataclass(frozen=True, kw_only=True)

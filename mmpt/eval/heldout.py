@@ -34,6 +34,7 @@ from mmpt.stream import Stream
 from mmpt.vocab import Modality, Vocabulary
 
 LENGTH = 512  # ids of a row; longer pages are cut as in training
+DRAWS = 8  # noisy copies of a block that a bound is estimated from
 OTHERS = 4  # wrong conditions of a document, averaged: one alone may be near or far by chance
 BASELINES = {
     Modality.TEXT: ("bigram", bigram),
@@ -50,7 +51,7 @@ def evaluate_model(
     *,
     tokens: Path,
     elbo: bool = False,
-    draws: int = 8,
+    draws: int | None = None,
     compare: str = "",
     recipe: Path | None = None,
     out: Path | None = None,
@@ -61,9 +62,10 @@ def evaluate_model(
     it; documents are split by their base key. shuffled_minus_right is [low, mean, high], a 95%
     bootstrap over base keys.
 
-    With --elbo, of an adapted model: an upper bound of the nats of denoising media, from `draws`
-    noisy copies of each block, beside autoregressive nats of the same codes; and cross-entropy and
-    accuracy by the time of the noise, from 0.1 (almost all noise) to 0.9.
+    With --elbo, of an adapted model: an upper bound of the nats of denoising media, and text if it
+    was adapted to blocks of it, from `draws` (8) noisy copies of each block, beside autoregressive
+    nats of the same codes; and cross-entropy and accuracy by the time of the noise, from 0.1
+    (almost all noise) to 0.9. price_of_blocks is what text in blocks costs more than id by id.
 
     --compare ar,dida: test instead whether the samples of one way to decode are as good as those of
     another; how is said by RECIPE and key=value OVERRIDES of it. OUT gets the samples, which are
@@ -71,6 +73,8 @@ def evaluate_model(
     """
     from mmpt.train.adapt import find_model  # which evaluates while it trains
 
+    if draws is not None and (compare or not elbo):
+        raise UserError(f"--draws {draws} is of the bounds; give --elbo, and no --compare")
     if compare:
         from mmpt.eval.compare import compare_decoders
 
@@ -96,6 +100,7 @@ def evaluate_model(
     if elbo:
         from mmpt.eval.elbo import evaluate_bounds  # which lays documents out as here
 
+        draws = DRAWS if draws is None else draws
         return told | evaluate_bounds(decoder, vocabulary, train, heldout, separator, draws=draws)
     result = {}
     for modality in tqdm(Modality, desc="evaluate", unit="medium"):
@@ -150,8 +155,10 @@ def content_streams(
         stream = to_conditioned_stream(document, vocabulary, modality, separator=separator)
     else:
         rng = np.random.default_rng(zlib.crc32(document.key.encode()))
-        stream = to_stream(document, vocabulary, rng, separator=separator, condition_drop=0.0)
-        content = stream.modality == modality
+        stream = to_stream(
+            document, vocabulary, rng, separator=separator, condition_drop=0.0, masked_prompts=True
+        )
+        content = (stream.modality == modality) & (stream.loss_weight > 0)
         if modality == Modality.TEXT:
             content &= stream.ids < vocabulary.num_text
         stream.loss_weight = content.astype(np.float32)

@@ -189,9 +189,11 @@ class Denoise:
         for modality, loss in denoising_loss(model, self.vocabulary, joint, hidden).items():
             total = total + self.weights[modality].to(hidden.device) * loss.nats
             nats[modality], counts[modality] = loss.nats.detach(), loss.weight
-        if not self.autoregressive:
-            return Losses(total, nats, counts)
         length = joint.num_clean
+        there = joint.modality[:, length:][joint.document[:, length:] >= 0]
+        num_noisy = torch.bincount(there, minlength=len(Modality)).double()
+        if not self.autoregressive:
+            return Losses(total, nats, counts, num_noisy=num_noisy)
         clean = score_next(
             model,
             hidden[:, :length],
@@ -199,4 +201,5 @@ class Denoise:
             weight=batch.weight[:, :length],
             modality=joint.modality[:, :length],
         )
-        return Losses(total + clean.total, clean.nats, clean.counts, noisy=(nats, counts))
+        noisy = nats, counts
+        return Losses(total + clean.total, clean.nats, clean.counts, noisy, num_noisy)

@@ -117,7 +117,8 @@ def _choose(
         source = int(np.searchsorted(starts, at, side="right")) - 1
         reference = names[source], int(at - starts[source])
         document, _ = sources[reference[0]].read(reference[1])
-        if any(segment.modality in MEDIA for segment in document.segments):
+        # of a conversation some media are given, not answered
+        if not document.roles and any(s.modality in MEDIA for s in document.segments):
             job = _job(recipe, sources, reference, vocabulary)
             chosen += [reference] if len(job.ids) <= recipe.data.length else []
     if not chosen:

@@ -38,19 +38,16 @@ class Flops:
             if int(model.groups[1, modality]) < len(model.config.groups):
                 self._noisy[:, modality] = _line(model, modality, noisy=True)
 
-    def of_step(
-        self, read: torch.Tensor, scored: Sequence[float], noisy: Sequence[float]
-    ) -> dict[str, int]:
-        """By medium, from `count_ids` of a step and how many ids were predicted and denoised (4).
+    def of_step(self, read: torch.Tensor, noisy: torch.Tensor) -> dict[str, int]:
+        """By medium, from `count_ids` of a step and how many noisy ids, float64 (4), stood beside.
 
         A noisy id counts as seeing as many keys as the clean ids of its medium.
         """
         ids, keys = read
-        denoised = torch.tensor(scored if self._frozen else noisy, dtype=torch.float64)
         passes = 1 if self._frozen else 3
         clean = passes * (self._clean[0] * ids + self._clean[1] * keys)
         mean = keys / ids.clamp(min=1)
-        total = clean + 3 * denoised * (self._noisy[0] + self._noisy[1] * mean)
+        total = clean + 3 * noisy * (self._noisy[0] + self._noisy[1] * mean)
         return {m.name.lower(): int(total[m]) for m in Modality if total[m]}
 
 

@@ -199,13 +199,13 @@ class Trainer:
         norm = clip_gradients(self.model.parameters(), self.recipe.optim.clip).item()
         total, sums = self._sum(losses, read)
         nats, counts, *noisy = sums[:4].tolist()
-        read = sums[4:]
+        read, num_noisy = sums[4:6], sums[6]
         self.ranks.sum_loads(self.model)
         laps.begin("optimizer")
         loss = total / (weight or 1.0)
         reason = self._judge(loss, norm, nats, counts)
         loads, routing = self._update(rate if losses and not reason else 0.0, routers)
-        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, counts, noisy[1])
+        num_tokens, flops = int(read[0].sum()), self.flops.of_step(read, num_noisy)
         counters.step += 1
         counters.tokens += num_tokens
         for name, number in flops.items():
@@ -345,15 +345,16 @@ class Trainer:
         return losses
 
     def _sum(self, losses: Sequence[Losses], read: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Of all batches and ranks: the weighted loss, and by modality, float64 (6, 4) on the host:
+        """Of all batches and ranks: the weighted loss, and by modality, float64 (7, 4) on the host:
 
-        nats, counts, those two of noisy ids beside them, and `read`.
+        nats, counts, those two of noisy ids beside them, `read`, and how many noisy ids there are.
         """
-        sums = torch.zeros(7, len(Modality), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(8, len(Modality), dtype=torch.float64, device=self.device)
         for each in losses:
             sums[0, 0] += each.total.detach()
             sums[1:5] += torch.stack([each.nats, each.counts, *(each.noisy or sums[1:3] * 0)])
-        sums[5:] = read.to(self.device)
+            sums[7] += 0 if each.num_noisy is None else each.num_noisy
+        sums[5:7] = read.to(self.device)
         sums = self.ranks.sum(sums).cpu()
         return sums[0, 0].item(), sums[1:]
 

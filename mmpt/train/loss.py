@@ -27,13 +27,15 @@ class Losses:
 
     total: the weighted sum of losses, a scalar with a gradient. nats and counts: float64 (4,), the
     plain sums by modality of the predicted id, over the positions with weight. noisy: the same two
-    of codes that are denoised, where clean ids are predicted beside them.
+    of codes that are denoised, where clean ids are predicted beside them. num_noisy: float64 (4,),
+    all noisy ids, whether they are predicted from or not; none unless given.
     """
 
     total: torch.Tensor
     nats: torch.Tensor
     counts: torch.Tensor
     noisy: tuple[torch.Tensor, torch.Tensor] | None = None
+    num_noisy: torch.Tensor | None = None
 
 
 class Batch(Protocol):

@@ -14,7 +14,7 @@ from mmpt.data.order import PART, ShardSource
 from mmpt.data.pack import stream_of
 from mmpt.data.tokens import EncodedDocument, ShardWriter, TokenShard
 from mmpt.stream import Segment, Stream
-from mmpt.vocab import Modality, Vocabulary
+from mmpt.vocab import ROLES, Modality, Vocabulary
 
 
 def vocabulary_of(*, visual: int, speech: int) -> Vocabulary:
@@ -41,7 +41,10 @@ def documents_of(rng: np.random.Generator, vocabulary: Vocabulary) -> Iterator[E
         most = 4 if number % 6 else 2 * MOST
         media = rng.choice(4, rng.integers(0, most), p=(0.55, 0.15, 0.15, 0.15))
         segments = [segment_of(rng, vocabulary, Modality(medium)) for medium in media]
-        yield EncodedDocument(f"{number}", f"{number}", "any" if number % 3 else "fixed", segments)
+        key, order = f"{number}", "any" if number % 3 else "fixed"
+        talks = order == "fixed" and number % 2
+        roles = tuple(rng.choice(ROLES, len(segments)).tolist()) if talks else ()
+        yield EncodedDocument(key, key, order, segments, roles)
 
 
 def write(path: Path, documents: list[EncodedDocument], vocabulary: Vocabulary, **options) -> None:
@@ -61,7 +64,7 @@ def assert_equal(ours: Stream, theirs: Stream) -> None:
 
 @pytest.mark.parametrize("most", [1000, PART])
 @pytest.mark.parametrize(("visual", "speech"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("drop", [0.0, 0.4])
+@pytest.mark.parametrize(("drop", "masked"), [(0.0, True), (0.4, True), (0.4, False)])
 def test_a_block_is_its_documents_one_by_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,6 +72,7 @@ def test_a_block_is_its_documents_one_by_one(
     visual: int,
     speech: int,
     drop: float,
+    masked: bool,
 ) -> None:
     monkeypatch.setattr("mmpt.data.order.PART", most)
     vocabulary, rng = vocabulary_of(visual=visual, speech=speech), np.random.default_rng(visual)
@@ -77,7 +81,9 @@ def test_a_block_is_its_documents_one_by_one(
         path = tmp_path / f"{name}.tokens.tar"
         write(path, documents, vocabulary, separator=separator, documents_per_block=50)
     shards = [TokenShard(path) for path in sorted(tmp_path.glob("*.tar"))]
-    source = ShardSource("s", shards, vocabulary, seed=3, condition_drop=drop)
+    source = ShardSource(
+        "s", shards, vocabulary, seed=3, condition_drop=drop, masked_prompts=masked
+    )
     for numbers in (range(0, 700, 2), range(5), [699, 3, 3, 10**9, 10**12]):
         parts = list(source.streams(np.array(numbers)))
         assert sum(map(len, parts)) == len(numbers)
@@ -160,6 +166,16 @@ def test_a_damaged_table_of_segments_is_refused(
             return arrays
 
         monkeypatch.setattr(token_writer, "_block_arrays", damaged)
+        path = write_shard(tmp_path / "a.tokens.tar", make_documents(20))
+        with pytest.raises(UserError, match="a table of segments does not fit its codes"):
+            list(TokenShard(path))
+    for roles in (np.zeros(3, np.uint8), np.full(200, 3, np.uint8), np.zeros(200)):
+
+        def with_roles(documents, vocabulary, roles=roles):
+            arrays = whole(documents, vocabulary)
+            return arrays | {"roles": roles[: len(arrays["spans"])]}
+
+        monkeypatch.setattr(token_writer, "_block_arrays", with_roles)
         path = write_shard(tmp_path / "a.tokens.tar", make_documents(20))
         with pytest.raises(UserError, match="a table of segments does not fit its codes"):
             list(TokenShard(path))

@@ -5,8 +5,8 @@ import pytest
 
 from mmpt.data.layout import to_conditioned_stream, to_stream
 from mmpt.data.tokens import EncodedDocument
-from mmpt.stream import Segment, parse
-from mmpt.vocab import Modality
+from mmpt.stream import Segment, Stream, parse
+from mmpt.vocab import Modality, Vocabulary
 
 NEWLINE = np.array([10])
 
@@ -100,3 +100,88 @@ def test_a_condition_can_come_from_another_document(vocabulary):
     codes = [stream.ids[stream.loss_weight > 0].tolist() for stream in (right, wrong)]
     assert codes[0] == codes[1]
     assert wrong.ids[1:10].tolist() == list(range(100, 109))
+
+
+TALK = EncodedDocument(
+    "t",
+    "t",
+    "fixed",
+    [
+        segment(Modality.IMAGE, 2, 2),
+        segment(Modality.TEXT, 2, start=20),
+        segment(Modality.TEXT, 3, start=30),
+        segment(Modality.TEXT, 1, start=40),
+        segment(Modality.IMAGE, 1, 2),
+    ],
+    ("user", "user", "assistant", "user", "assistant"),
+)
+
+
+def shown(stream: Stream, vocabulary: Vocabulary) -> list[tuple[str, float]]:
+    """Structure ids, text and codes as words, each with its weight."""
+
+    def name(token: int, medium: int) -> str:
+        if medium != Modality.TEXT:
+            return "code"
+        place = token - vocabulary.num_text
+        return str(token) if place < 0 else (*vocabulary.structure, *["size"] * 2000)[place]
+
+    tokens = zip(stream.ids.tolist(), stream.modality.tolist(), stream.loss_weight, strict=True)
+    return [(name(token, medium), float(weight)) for token, medium, weight in tokens]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_turns_begin_by_their_ids_and_prompts_can_weigh_nothing(vocabulary, masked):
+    stream = to_stream(
+        TALK,
+        vocabulary,
+        np.random.default_rng(0),
+        separator=NEWLINE,
+        condition_drop=0.0,
+        masked_prompts=masked,
+    )
+    found = shown(stream, vocabulary)
+    picture = ["<boi>", "size", "size", *["code"] * 4, "<eoi>"]
+    turns = [
+        (["<user>", *picture, "20", "21", "<assistant>"], 0.0),
+        # that the user speaks again is how the answer ends
+        (["30", "31", "32", "<user>"], 1.0),
+        (["40", "<assistant>"], 0.0),
+        (["<boi>", "size", "size", "code", "code", "<eoi>", "<eod>"], 1.0),
+    ]
+    expected = [("<bod>", 0.0)]
+    for words, weight in turns:
+        expected += [(word, weight if masked else 1.0) for word in words]
+    assert found == expected
+
+
+def test_a_dropped_prompt_leaves_null_and_one_answer(vocabulary):
+    kept = set()
+    for seed in range(20):
+        stream = to_stream(
+            TALK,
+            vocabulary,
+            np.random.default_rng(seed),
+            separator=NEWLINE,
+            condition_drop=1.0,
+            masked_prompts=True,
+        )
+        assert stream.loss_weight.tolist() == [0, 0] + [1] * (len(stream) - 2)
+        kept.add(tuple(word for word, _ in shown(stream, vocabulary)))
+    text = "<bod>", "<null>", "30", "31", "32", "<eod>"
+    picture = "<bod>", "<null>", "<boi>", "size", "size", "code", "code", "<eoi>", "<eod>"
+    assert kept == {text, picture}
+
+
+def test_an_unanswered_prompt_has_no_answer_to_keep_and_nothing_to_learn(vocabulary):
+    question = replace(TALK, segments=TALK.segments[:2], roles=TALK.roles[:2])
+    stream = to_stream(
+        question,
+        vocabulary,
+        np.random.default_rng(0),
+        separator=NEWLINE,
+        condition_drop=1.0,
+        masked_prompts=True,
+    )
+    assert vocabulary.structure_id("<user>") in stream.ids
+    assert not stream.loss_weight.any()

@@ -299,3 +299,23 @@ def test_silence_at_the_edges_is_cut_to_a_margin():
     trimmed = voices.trim(wave)
     assert len(trimmed) == 7001 + voices.MARGIN
     assert trimmed[400] == 1000
+
+
+def test_pictures_alone_need_neither_animations_nor_synthesizers(tmp_path, monkeypatch):
+    PIL.Image.new("RGBA", (96, 80), "red").save(picture := io.BytesIO(), "webp")
+    words = b'[{"hexcode": "1F34E", "label": "red apple"}]'
+    for name, path, data in (
+        ("lobehub-fluent-emoji-3d-1.1.0", "assets/1f34e.webp", picture.getvalue()),
+        ("emojibase-data-17.0.0", "en/data.json", words),
+    ):
+        with tarfile.open(tmp_path / f"{name}.tgz", "w:gz") as tar:
+            (info := tarfile.TarInfo(f"package/{path}")).size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    monkeypatch.setenv("PATH", "")  # nothing can be fetched or spoken
+    settings = emoji.Settings(side=128, num_clips=0, num_spoken=0)
+    [path] = emoji.main(tmp_path / "out", tmp_path, settings)
+    [document] = read_documents([path], Quarantine(None))
+    label, picture = document.parts
+    assert isinstance(label, Text)
+    assert isinstance(picture, Image)
+    assert (label.text, picture.pixels.shape) == ("red apple", (128, 128, 3))

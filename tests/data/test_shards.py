@@ -60,6 +60,10 @@ def describe(*parts: dict, base: str = "b") -> bytes:
     return json.dumps({"base": base, "order": "fixed", "parts": list(parts)}).encode()
 
 
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
 def png_bytes(tmp_path: Path) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image(pixels).save(tmp_path / "a.png")
@@ -77,6 +81,23 @@ def test_times_of_parts_are_kept(tmp_path):
     [timed, plain], _ = read_all(tmp_path / "a.tar")
     assert timed.times == times
     assert plain.times == ()
+
+
+def test_who_says_a_part_is_kept(tmp_path):
+    roles = ("user", "user", "assistant", "user")
+    talk = replace(make_document(0), order="fixed", roles=roles)
+    write_shard(tmp_path / "a.tar", [talk, make_document(1)])
+    [talk, plain], _ = read_all(tmp_path / "a.tar")
+    assert talk.roles == roles
+    assert plain.roles == ()
+
+
+def test_turns_that_may_be_permuted_are_refused(tmp_path):
+    roles = ("user", "user", "assistant", "user")
+    write_shard(tmp_path / "a.tar", [replace(make_document(0), roles=roles)])
+    documents, quarantine = read_all(tmp_path / "a.tar")
+    assert documents == []
+    assert dict(quarantine.reasons) == {"bad role": 1}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +245,10 @@ def test_random_damage_never_raises_and_never_invents_documents(tmp_path):
         ([("json", describe({"type": "text"}))], "bad json"),
         ([("json", describe({"type": "smell", "ref": "0.x"}), ), ("0.x", b"x")], "bad json"),
         ([("json", describe())], "bad json"),
+        ([("json", describe(text("a") | {"role": "system"}))], "bad role"),
+        ([("json", describe(text("a") | {"role": None}))], "bad role"),
+        ([("json", describe(text("a") | {"role": ["user"]}))], "bad role"),
+        ([("json", describe(text("a") | {"role": "user"}, text("b")))], "bad role"),
         ([("json", b'{"parts": ')], "bad json"),
         ([("json", b"[" * 100_000)], "bad json"),
         ([("json", b'{"parts": "x"}')], "bad json"),

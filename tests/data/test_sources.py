@@ -117,6 +117,7 @@ def test_every_data_set_has_a_script_with_a_licence_and_a_card():
         "emoji",
         "gridworld",
         "handbook",
+        "instructions",
         "prompts",
         "sampler",
         "stamps",

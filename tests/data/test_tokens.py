@@ -126,11 +126,29 @@ def test_a_flipped_byte_in_any_array_is_noticed(tmp_path, make_documents, write_
 
 
 def test_a_newer_format_is_refused(tmp_path, make_documents, write_shard, monkeypatch):
-    monkeypatch.setattr("mmpt.data.token_writer.FORMAT_VERSION", 2)
-    path = write_shard(tmp_path / "a.tokens.tar", make_documents(2))
+    monkeypatch.setattr("mmpt.data.token_writer.FORMAT_VERSION", 3)
+    path = write_shard(tmp_path / "a.tokens.tar", [conversation()])
     monkeypatch.undo()
-    with pytest.raises(UserError, match="has format 2; this mmpt reads 1"):
+    with pytest.raises(UserError, match="has format 3; this mmpt reads 2"):
         TokenShard(path)
+
+
+def conversation() -> EncodedDocument:
+    asked, answer = (Segment(Modality.TEXT, np.arange(n, n + 3)) for n in (10, 20))
+    empty = Segment(Modality.TEXT, np.arange(0))
+    roles = ("user", "user", "assistant")
+    return EncodedDocument("talk", "talk", "fixed", [asked, empty, answer], roles)
+
+
+def test_who_says_what_is_kept_where_there_are_conversations(tmp_path, make_documents, write_shard):
+    path = write_shard(tmp_path / "a.tokens.tar", [*make_documents(20), conversation()])
+    *plain, last = TokenShard(path).blocks
+    assert {block.meta["format_version"] for block in plain} == {1}
+    assert not any("roles" in block.arrays for block in plain)
+    assert last.meta["format_version"] == 2
+    assert "roles" not in TokenShard(path).counts
+    roles = [document.roles for document in TokenShard(path)]
+    assert roles == [()] * 20 + [("user", "assistant")]
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,20 @@ def test_the_loss_is_the_cross_entropy_among_used_codes(make_model, vocabulary, 
         assert losses[modality].weight == len(chosen)
 
 
+def test_scores_made_in_pieces_give_the_same_loss_and_gradients(
+    make_model, vocabulary, joint, monkeypatch
+):
+    found = []
+    for scores in (1 << 22, 12):
+        monkeypatch.setattr("mmpt.decode.dida.SCORES", scores)
+        model = make_model()
+        losses = denoising_loss(model, vocabulary, joint, joint_forward(model, joint)).values()
+        sum(loss.nats for loss in losses).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([*(loss.nats for loss in losses), *gradients])
+    torch.testing.assert_close(*found, **EXACT)
+
+
 def test_adaptation_lowers_the_denoising_loss_and_leaves_the_clean_pass_bit_equal(
     make_model, vocabulary, make_rows, joint
 ):

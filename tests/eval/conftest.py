@@ -1,9 +1,11 @@
-"""A reader of pages."""
+"""A reader of pages, and weights of a large network."""
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import torch
 
 VOID = {"meta", "img", "source", "br", "input"}
 
@@ -49,3 +51,29 @@ class Page(HTMLParser):
 def read_page():
     """HTML -> a `Page`."""
     return Page
+
+
+@pytest.fixture
+def inception_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Random weights of torch-fidelity's InceptionV3, which sees 75 pixels a side meanwhile."""
+    inception = pytest.importorskip("torch_fidelity").FeatureExtractorInceptionV3
+    monkeypatch.setattr(inception, "INPUT_IMAGE_SIZE", 75)
+
+    class Unloaded(inception):
+        def load_state_dict(self, *_: object) -> None:
+            """Keeps what it begins with."""
+
+    torch.save({}, tmp_path / "none.pth")
+    with torch.device("meta"):
+        shapes = Unloaded("inception", ["2048"], str(tmp_path / "none.pth")).state_dict()
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, tensor in shapes.items():
+        values = torch.ones(tensor.shape)  # of normalisations
+        if tensor.ndim > 1:
+            values = torch.randn(tensor.shape, generator=generator)
+            values *= (2 / tensor[0].numel()) ** 0.5
+        elif name.endswith(("bias", "running_mean")):
+            values = torch.zeros(tensor.shape)
+        tensors[name] = values.half()
+    torch.save(tensors, path := tmp_path / "weights-inception.pth")
+    return path

@@ -145,6 +145,18 @@ def test_the_gate_runs_and_does_not_draw_again(gate: Path, read_page):
     assert {path for path in drawn if path not in same} <= {lost, lost.with_name("settings.json")}
 
 
+def test_the_distances_of_torch_fidelity_are_on_the_page(gate: Path, inception_weights, read_page):
+    only = 'prompts={image=["all.tokens.tar"]}'
+    image = _run(gate, only, f"inception={inception_weights}", "num_prompts=2")["media"]["image"]
+    rows = {row["metric"]: row for row in image["metrics"]}
+    for name in ("FID, InceptionV3", "KID, InceptionV3"):
+        assert set(rows[name]["values"]) == {"ar", "dida", SHUFFLED, ONE_PASS, "real"}
+        assert rows[name]["values"]["real"] == pytest.approx(0, abs=1e-3)
+        assert name in read_page((gate / "out" / "gate.html").read_text()).text
+    with pytest.raises(UserError, match="inception"):
+        _run(gate, only, f"inception={gate / 'gate.toml'}")
+
+
 def test_mistakes_are_told_in_one_line(gate: Path):
     asked = [
         lambda: _run(gate, names="ar"),

@@ -10,7 +10,7 @@ from mmpt.data.codes import with_used_codes
 from mmpt.model.config import NoiseConfig
 from mmpt.model.transformer import Decoder
 from mmpt.processor import ProcessorSettings
-from mmpt.train.adapt import Denoise, adapt, find_model, longest_block
+from mmpt.train.adapt import Denoise, adapt, adapter, find_model, longest_block
 from mmpt.train.loop import Trainer
 from mmpt.train.pretrain import train
 from mmpt.train.recipe import AdaptRecipe, RunRecipe
@@ -100,6 +100,19 @@ def test_rows_without_media_are_no_bad_step(tmp_path, adapt_recipe, vocabulary):
     metrics = trainer.step()
     assert metrics["modality"] == {}
     assert metrics["bad_steps"] == 0
+
+
+def test_all_noisy_ids_cost_compute_whether_they_are_hidden_or_not(
+    adapt_recipe, vocabulary, tmp_path
+):
+    recipe = replace(adapt_recipe, noise=NoiseConfig(path="masked"))
+    trainer = adapter(recipe, tmp_path / "run", vocabulary=vocabulary)
+    [batch], _ = trainer._read()
+    losses = trainer.objective.losses(trainer.model, batch)
+    noisy = batch.joint.block >= 0
+    expected = torch.bincount(batch.joint.modality[noisy], minlength=4).double()
+    assert losses.num_noisy.tolist() == expected.tolist()
+    assert losses.num_noisy.sum() > losses.counts.sum() > 0
 
 
 def test_a_missing_model_is_named(tmp_path):

@@ -7,7 +7,7 @@ from mmpt.train.flops import Flops, count_ids, measure_peak
 from mmpt.vocab import Modality
 
 LENGTH = 24
-NONE = [0.0] * 4
+NONE = torch.zeros(4)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_step_counts_what_pytorch_counts(model, rows):
     products = sum(n for op, n in counted.items() if "scaled_dot" not in op)
     read = count_ids([text])
     read[1] = 0  # no keys
-    ours = Flops(model).of_step(read, [16, 0, 0, 0], NONE)
+    ours = Flops(model).of_step(read, NONE)
     assert set(ours) == {"text"}
     # the norms' scales count as products with us; the lookup of ids has no gradient product
     assert ours["text"] == pytest.approx(products, rel=0.02)
@@ -54,24 +54,24 @@ def test_keys_add_four_operations_for_each_width_and_layer(model, rows):
     flops, read = Flops(model), count_ids([rows])
     without = read.clone()
     without[1] = 0
-    more = flops.of_step(read, NONE, NONE)["image"] - flops.of_step(without, NONE, NONE)["image"]
+    more = flops.of_step(read, NONE)["image"] - flops.of_step(without, NONE)["image"]
     assert more == 3 * 4 * model.config.width * model.config.num_layers * (4 * 5 / 2)
 
 
 def test_adaptation_reads_clean_ids_once_and_learns_from_noisy_ones(model, rows):
     read, image = count_ids([rows]), Modality.IMAGE
-    learned = Flops(model).of_step(read, NONE, NONE)
+    learned = Flops(model).of_step(read, NONE)
     model.add_noisy_groups()
     model.freeze_for_adaptation()
     flops = Flops(model)
-    assert flops.of_step(read, NONE, NONE) == {name: n // 3 for name, n in learned.items()}
-    noisy = flops.of_step(read, [0, 4, 0, 0], NONE)["image"] - learned["image"] // 3
+    assert flops.of_step(read, NONE) == {name: n // 3 for name, n in learned.items()}
+    noisy = flops.of_step(read, torch.tensor([0, 4, 0, 0]))["image"] - learned["image"] // 3
     mean = 5 / 2
     one = model.flops_per_token(image, noisy=True)
     keys = model.flops_per_token(image, context=2, noisy=True) - one
     assert noisy == pytest.approx(3 * 4 * (one + keys / 2 * mean), abs=1)
     model.requires_grad_()  # clean ids are learned from beside them
-    both = Flops(model).of_step(read, [15, 3, 0, 0], [0, 4, 0, 0])
+    both = Flops(model).of_step(read, torch.tensor([0, 4, 0, 0]))
     assert both == {"text": learned["text"], "image": learned["image"] + noisy}
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mmpt.config import UserError
 from mmpt.data.align import align
+from mmpt.data.entries import MAX_TIME
 from mmpt.data.interleave.cuts import NoPairError, Original
-from mmpt.data.shards import MAX_TIME
 from mmpt.parts import Audio, Text
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A package, for torch-fidelity installs one of this name, too."""
