@@ -28,7 +28,7 @@ def test_upcycling_keeps_the_function(dense, make_rows, run, active, dtype):
     grown = upcycle(dense, upcycle_config(dense.config, EXPERTS, active=active))
     before, after = (scores(model, rows, run) for model in (dense, grown))
     assert before.std() > 0.5
-    assert (before - after).abs().max() < 1e-6 * before.abs().max()
+    assert (before - after).abs().max() < 4e-6 * before.abs().max()  # sums in another order
     assert [len(e.bank.down) for e in grown.layers[0].experts.experts()] == [4, 2, 3]
 
 
@@ -62,7 +62,7 @@ def test_a_trained_router_of_one_expert_is_copied(dense, make_model, make_rows, 
     grown = upcycle(trained, upcycle_config(trained.config, EXPERTS))
     rows = make_rows()
     before, after = scores(trained, rows, run), scores(grown, rows, run)
-    assert (before - after).abs().max() < 1e-6 * before.abs().max()
+    assert (before - after).abs().max() < 4e-6 * before.abs().max()  # sums in another order
     router = grown.layers[0].experts.groups["text"].router
     assert 0 < (router - router[:, :1]).abs().max() < 10 * SCATTER
 
