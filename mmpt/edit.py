@@ -33,6 +33,7 @@ class Edit:
 
     part: Image | Video | Audio
     redo: np.ndarray
+    keeps_size: bool = False  # refuses to be shrunk to what a model reads
 
     def __post_init__(self) -> None:
         shape = _shape(self.part)
@@ -78,10 +79,16 @@ class Edit:
         sides = ((top, bottom), (left, right))
         pixels = np.pad(part.pixels, (*sides, (0, 0)), constant_values=GREY)
         redo = np.pad(np.zeros(part.pixels.shape[:2], dtype=bool), sides, constant_values=True)
-        return cls(Image(pixels), redo)
+        return cls(Image(pixels), redo, keeps_size=True)
 
     def encode(self, processor: Processor) -> tuple[Segment, np.ndarray]:
         """The codes of the part, and which are made anew: bool, of their shape."""
+        if self.keeps_size and max(self.redo.shape) > processor.max_side:
+            height, width = self.redo.shape
+            raise UserError(
+                f"the extended picture has {height} x {width} pixels, this model reads at most "
+                f"{processor.max_side} a side; shrink the picture first"
+            )
         [segment] = processor.encode_parts([self.part])
         books = processor.media[segment.modality].num_codebooks
         grid = (*segment.codes.shape[:-1], segment.codes.shape[-1] // books)

@@ -67,6 +67,12 @@ def test_a_picture_is_extended_by_what_is_made(processor):
     assert np.array_equal(redo, [[False, False, True, True]] * 2)
 
 
+def test_an_extended_picture_is_never_shrunk(processor):
+    edit = Edit.extend(image(32, 32), right=16)  # max_side is 32
+    with pytest.raises(UserError, match="32 x 48 pixels, this model reads at most 32 a side"):
+        edit.encode(processor)
+
+
 def test_what_cannot_be_edited_is_refused():
     with pytest.raises(UserError, match="needs bool"):
         Edit(image(), np.ones((3, 3), dtype=bool))
