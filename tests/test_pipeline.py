@@ -269,10 +269,10 @@ def test_a_setting_that_there_is_not_is_refused(pipeline: Pipeline) -> None:
 
 
 def test_what_an_edit_cannot_be_is_refused(pipeline: Pipeline) -> None:
-    edit = Edit.extend(Image(np.zeros((16, 16, 3), dtype=np.uint8)), right=8)
+    edit = Edit.extend(Image(np.zeros((16, 8, 3), dtype=np.uint8)), right=8)
     with pytest.raises(UserError, match="decoder='dida'"):
         pipeline(edit=edit, decoder="ar")
     with pytest.raises(UserError, match="leave out to"):
         pipeline(edit=edit, to="video")
-    with pytest.raises(UserError, match="2 or fewer"):
+    with pytest.raises(UserError, match="4 or fewer"):
         pipeline(edit=edit, num_passes=99, sampler="maskgit")
