@@ -1,27 +1,24 @@
 """The table of command-line verbs.
 
 A verb is a typed function: parameters before the `*` are positional arguments, those after it are
-flags, the first paragraph of its docstring is its help, and what it returns is printed (with
-`--json`, as JSON on stdout). Only the module of the verb that runs is imported, so that
-`mmpt --help` answers at once.
+flags, its docstring is its help, and what it returns is printed (with `--json`, as JSON). Nothing
+else comes to stdout. Only the module of the verb that runs is imported, so that `mmpt --help`
+answers at once.
 """
 
-import argparse
+import contextlib
+import difflib
 import importlib
-import inspect
-import json
 import logging
 import os
-import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
 
+import mmpt
+from mmpt.command import build_parser, call, paint, render, to_json
 from mmpt.config import UserError
 
-# verb -> (module:function, one line of help, an example)
+# verb -> (module:function, one line of help, examples, one on each line)
 VERBS = {
     "quickstart": (
         "mmpt.quickstart:quickstart",
@@ -49,7 +46,7 @@ VERBS = {
     "data verify": (
         "mmpt.data.verify:verify",
         "find every damaged sample of shards",
-        "data/sampler/*.tar",
+        "data/sampler/*.tar\ndata/sampler/*.tar --repair build/whole",
     ),
     "data interleave": (
         "mmpt.data.interleave:interleave",
@@ -74,7 +71,7 @@ VERBS = {
     "tokenizer eval": (
         "mmpt.tokenizers.evaluate:evaluate",
         "measure a tokenizer on held-out media",
-        "image-f8",
+        "image-f8\nimage-f8 data/sampler/emoji-heldout-*.tar --json",
     ),
     "tokenizer roundtrip": (
         "mmpt.tokenizers.evaluate:roundtrip",
@@ -84,7 +81,8 @@ VERBS = {
     "encode": (
         "mmpt.data.encode:encode",
         "turn raw shards into token shards",
-        "data/sampler/emoji-train-*.tar --out build/tokens",
+        "data/sampler/emoji-train-*.tar --out build/tokens\n"
+        "data/sampler/*.tar --tokenizers image-f8 speech-12hz --workers 4 --out build/tokens",
     ),
     "init": (
         "mmpt.convert.init:init",
@@ -94,12 +92,13 @@ VERBS = {
     "plan": (
         "mmpt.plan:plan",
         "say before a run what its numbers should be",
-        "examples/recipes/tiny.toml --gpus 8",
+        "examples/recipes/tiny.toml --gpus 8\nexamples/recipes/tiny.toml optim.lr=1e-3 --suggest",
     ),
     "train": (
         "mmpt.train.pretrain:train_command",
         "pretrain a model from a recipe",
-        "examples/recipes/tiny.toml --out runs/tiny",
+        "examples/recipes/tiny.toml --out runs/tiny\n"
+        "examples/recipes/tiny.toml steps=500 optim.lr=1e-3 --out runs/short",
     ),
     "adapt": (
         "mmpt.train.adapt:adapt_command",
@@ -144,7 +143,8 @@ VERBS = {
     "generate": (
         "mmpt.generate:generate",
         "generate parts from parts",
-        "runs/quickstart/model 'red apple' --to image --out apple.png",
+        "runs/quickstart/model 'red apple' --to image --out apple.png\n"
+        "runs/quickstart/model apple.png --to text",
     ),
     "demo": (
         "mmpt.demo:demo",
@@ -167,148 +167,149 @@ VERBS = {
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
+# a first hour, shown by `mmpt --help`
+TOUR = """mmpt quickstart
+mmpt data inspect data/sampler/*.tar --json
+mmpt train examples/recipes/tiny.toml --out runs/tiny
+mmpt generate runs/quickstart/model "red apple" --to image --out apple.png
+"""
+STATUSES = {
+    0: "done",
+    1: "done, and what was checked is not in order: damage, a difference, rates that do not hold",
+    2: "a mistake of yours, said in one line",
+    3: "a fault of mmpt, with its traceback",
+    130: "interrupted; the same command goes on where it can",
+}
+DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 130
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 damage was found, 2 a mistake of the user,
-    130 interrupted.
-    """
+    """Run one verb; returns one of STATUSES."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     arguments = sys.argv[1:] if arguments is None else arguments
-    name, rest = _split_verb(arguments)
-    if name is None:
-        return _print_help(arguments)
-    path, summary, example = VERBS[name]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    debug = bool(os.environ.get("MMPT_DEBUG"))
     try:
-        module, function = path.split(":")
-        verb = getattr(importlib.import_module(module), function)
-        parser = _parser(name, verb, summary, example)
-        options = vars(parser.parse_intermixed_args(rest))
+        name, rest = _split_verb(arguments)
+        return _answer(arguments) if name is None else _run(name, rest)
+    finally:
+        _flush()
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    path, summary, examples = VERBS[name]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+            module, function = path.split(":")
+            verb = getattr(importlib.import_module(module), function)
+            parser = build_parser(f"mmpt {name}", verb, summary, examples)
+        options = parser.read(arguments)  # prints its help to stdout
         as_json = options.pop("json")
-        result = _call(verb, options)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = call(verb, options)
         if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
-            print(json.dumps(result) if as_json else _render(result))
-        return int(result.get("exit_status", 0)) if isinstance(result, dict) else 0
-    except UserError as error:
-        if debug:
-            raise
-        print(f"mmpt {name}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if debug:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"mmpt {name}:{where}: {error.strerror or error}", file=sys.stderr)
-        return 2
+            _say(to_json(result) if as_json else render(result))
+        return int(result.get("exit_status", DONE)) if isinstance(result, dict) else DONE
     except KeyboardInterrupt:
-        print(f"mmpt {name}: stopped; the same command resumes where it can", file=sys.stderr)
-        return 130
+        return _fail(name, "stopped; the same command resumes where it can", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("MMPT_DEBUG"):
+            raise
+        if isinstance(error, UserError):
+            return _fail(name, str(error))
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(name, f"{where}{error.strerror or error}")
+        traceback.print_exc()
+        return _fail(name, f"a fault of mmpt {mmpt.__version__}: {type(error).__name__}", FAULT)
+
+
+def _fail(name: str, message: str, status: int = MISTAKE) -> int:
+    print(f"{paint(f'mmpt {name}'.strip() + ':', 'red', sys.stderr)} {message}", file=sys.stderr)
+    return status
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the reader has gone, as `| head` does
+        print(text, flush=True)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left goes nowhere, without a word at the end of Python
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The verb and what follows; flags that stand before it are moved behind it."""
+    first = next((i for i, each in enumerate(arguments) if not each.startswith("-")), 0)
+    flags, words = arguments[:first], arguments[first:]
     for length in (2, 1):
-        name = " ".join(arguments[:length])
-        if len(arguments) >= length and name in VERBS:
-            return name, arguments[length:]
+        name = " ".join(words[:length])
+        if len(words) >= length and name in VERBS:
+            return name, [*words[length:], *flags]
     return None, arguments
 
 
-def _print_help(arguments: list[str]) -> int:
-    asked = not arguments or arguments[-1] in ("-h", "--help")
+def _answer(arguments: list[str]) -> int:
+    """Where no verb runs: the version, help, or what the mistake is."""
     words = [word for word in arguments if not word.startswith("-")]
+    flags = set(arguments) - set(words)
+    if unknown := sorted(flags - {"-h", "--help", "--json", "--version"}):
+        return _fail("", f"unknown option {unknown[0]}; mmpt --help shows what there is")
+    if "--version" in flags:
+        _say(to_json({"version": mmpt.__version__}) if "--json" in flags else mmpt.__version__)
+        return DONE
     chosen = [name for name in VERBS if name.split()[: len(words)] == words]
-    stream = sys.stdout if asked and chosen else sys.stderr
     if not chosen:
-        print(f"mmpt: unknown verb {' '.join(words)!r}; the verbs are:", file=stream)
-    else:
-        print("usage: mmpt VERB [ARGUMENTS]; mmpt VERB --help says more\n", file=stream)
-    for name in chosen or VERBS:
-        print(f"  {name:20} {VERBS[name][1]}", file=stream)
-    return 0 if asked and chosen else 2
+        return _fail("", _unknown_verb(words))
+    if words and not flags:
+        return _fail(words[0], f"which verb of it? There are: {', '.join(chosen)}")
+    _say(to_json(_table(chosen)) if "--json" in flags else _help(chosen, whole=not words))
+    return DONE
 
 
-def _parser(
-    name: str, verb: Callable[..., Any], summary: str, example: str
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"mmpt {name}",
-        description=inspect.getdoc(verb) or summary,
-        epilog=f"example: mmpt {name} {example}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hints = typing.get_type_hints(verb)
-    for parameter in inspect.signature(verb).parameters.values():
-        _add_argument(parser, parameter, hints[parameter.name])
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
+def _table(names: list[str]) -> dict[str, object]:
+    verbs = [
+        {
+            "verb": name,
+            "help": VERBS[name][1],
+            "examples": [f"mmpt {name} {line}".rstrip() for line in VERBS[name][2].split("\n")],
+        }
+        for name in names
+    ]
+    return {"verbs": verbs, "exit_statuses": STATUSES}
 
 
-def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        [hint] = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    required = parameter.default is inspect.Parameter.empty
-    many = typing.get_origin(hint) in (list, tuple, Sequence)
-    kind = typing.get_args(hint)[0] if many else hint
-    options: dict[str, Any] = {}
-    if typing.get_origin(kind) is typing.Literal:
-        options["choices"], kind = typing.get_args(kind), str
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            options |= {"type": kind, "required": required}
-            options["metavar"] = (
-                None if "choices" in options else parameter.name.rstrip("_").upper()
-            )
-            if many:
-                options["nargs"] = "+"
-        if not required:
-            options["default"] = parameter.default
-            if parameter.default not in (None, False, ()):
-                options["help"] = f"default: {parameter.default}"
-        flag = parameter.name.rstrip("_").replace("_", "-")  # from_ is --from
-        parser.add_argument(f"--{flag}", dest=parameter.name, **options)
-        return
-    if many:
-        options["nargs"] = "+" if required else "*"
-    elif not required:
-        options["nargs"] = "?"
-    if not required:
-        options["default"] = parameter.default
-    parser.add_argument(parameter.name, type=kind, metavar=parameter.name.upper(), **options)
+def _help(names: list[str], *, whole: bool) -> str:
+    def title(text: str) -> str:
+        return paint(text, "bold", sys.stdout)
+
+    lines = [f"{title('usage:')} mmpt VERB [ARGUMENTS]; mmpt VERB --help says more", ""]
+    lines += [f"  {name:20} {VERBS[name][1]}" for name in names]
+    if whole:
+        lines += ["", title("examples:"), *(f"  {line}" for line in TOUR.splitlines())]
+        lines += ["", title("with every verb:"), f"  {'--json':20} print the result as JSON"]
+        lines += ["", title("exit status:")]
+        lines += [f"  {status:<4} {meaning}" for status, meaning in STATUSES.items()]
+    return "\n".join(lines)
 
 
-def _call(verb: Callable[..., Any], options: dict[str, Any]) -> Any:
-    positional, keyword = [], {}
-    for parameter in inspect.signature(verb).parameters.values():
-        value = options[parameter.name]
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            keyword[parameter.name] = value
-        else:
-            positional.append(value)
-    return verb(*positional, **keyword)
-
-
-def _render(result: Any, indent: str = "") -> str:
-    """Nested dicts and lists as indented lines; a result of another kind says itself what it is."""
-    if type(result) is not dict:
-        return str(result)
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", _render(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"{indent}{key}:"]
-            lines += [
-                re.sub(r"^(\s*)  ", r"\1- ", _render(row, indent + "  "), count=1) for row in value
-            ]
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return "\n".join(line for line in lines if line)
+def _unknown_verb(words: list[str]) -> str:
+    group = [name for name in VERBS if name.split()[0] == words[0]]  # if it is one
+    unknown = " ".join(words[: 2 if group else 1])
+    groups = [name.split()[0] for name in VERBS if " " in name]
+    near = [
+        (difflib.SequenceMatcher(None, name, " ".join(words[:length])).ratio(), name)
+        for name in group or [*VERBS, *groups]
+        for length in (1, 2)
+    ]
+    ratio, best = max(near)
+    if ratio > (0.75 if group else 0.6):
+        return f"unknown verb {unknown!r}; did you mean mmpt {best}?"
+    there = f"; there are: {', '.join(group)}" if group else "; mmpt --help lists what there is"
+    return f"unknown verb {unknown!r}{there}"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 from mmpt.data.shards import Document
 from mmpt.eval.report import Gallery
 from mmpt.parts import Audio, Image, Part, Text, Video
 from mmpt.pipeline import Pipeline
+from mmpt.progress import Bar
 from mmpt.results import Medium
 
 
@@ -30,7 +29,7 @@ class Showcase:
             self.next_frames,
             self.page_continued,
         ]
-        made = [maker() for maker in tqdm(makers, desc="generate", unit="gallery")]
+        made = [maker() for maker in Bar(makers, desc="generate", unit="gallery")]
         return [gallery for gallery in made if gallery.rows]
 
     def text_to_image(self) -> Gallery:

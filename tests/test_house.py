@@ -30,6 +30,8 @@ RANKS = (
         "stream",
         "doctor",
         "process",
+        "progress",
+        "command",
     ),
     ("page", "tokenizers", "data", "processor"),
     ("model",),

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from mmpt.data import importers
 from mmpt.data.shards import Record
+from mmpt.progress import Bar
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 VOICES = ("espeak-ng:en-us", "flite:slt", "espeak-ng:en-gb", "flite:rms")
@@ -112,7 +112,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     spoken = {item.key for item in choose(emoji, settings.num_spoken, "spoken")}
     records = [
         picture_record(item, settings, speak=item.key in spoken)
-        for item in tqdm(emoji, desc="emoji: pictures and speech", unit="document")
+        for item in Bar(emoji, desc="emoji: pictures and speech", unit="document")
     ]
     records += list_clips(emoji, settings)
     return importers.write_split(records, out, "emoji")
@@ -151,7 +151,7 @@ def list_clips(emoji: list[Emoji], settings: Settings) -> list[Record]:
         moving = list({item.base: item for item in moving}.values())
     wanted = len(moving) if settings.num_clips is None else settings.num_clips
     clips: list[Record] = []
-    with tqdm(total=wanted, desc="emoji: clips", unit="clip") as bar:
+    with Bar(total=wanted, desc="emoji: clips", unit="clip") as bar:
         for item in moving:
             if len(clips) == wanted:
                 break

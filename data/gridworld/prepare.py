@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data import importers
 from mmpt.data.shards import Record
+from mmpt.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     settings = settings or Settings()
     records: dict[str, list[Record]] = {}  # by where the episode begins
     left_out: Counter[str] = Counter()
-    for number in tqdm(range(settings.num_episodes), desc="gridworld", unit="episode"):
+    for number in Bar(range(settings.num_episodes), desc="gridworld", unit="episode"):
         level = list(LEVELS)[number % len(LEVELS)]
         episode = play(level, settings.seed * 1_000_000 + number, settings.max_steps)
         if episode is None:

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import PIL.Image
-from tqdm import tqdm
 
 from mmpt.data import importers
 from mmpt.data.shards import Record
+from mmpt.progress import Bar
 
 LICENSE = "BSD-3-Clause"
 ATTRIBUTION = [
@@ -99,14 +99,14 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     root = package / "usr/share/doc/python-sklearn-doc/html"
     pages = sorted([*root.glob("modules/*.html"), *root.glob("auto_examples/*/*.html")])
     passages: dict[str, Passage] = {}
-    for page in tqdm(pages, desc="handbook: pages", unit="page"):
+    for page in Bar(pages, desc="handbook: pages", unit="page"):
         name = "-".join(page.relative_to(root).with_suffix("").parts)
         for number, passage in enumerate(cut_page(read_page(page), name, settings)):
             passages[f"{name}-{number}".replace(".", "-")] = passage
     keys = sorted(passages, key=lambda key: hashlib.sha256(f"page {key}".encode()).digest())
     records = [
         to_record(key, passages[key], settings)
-        for key in tqdm(keys[: settings.num_documents], desc="handbook: documents", unit="document")
+        for key in Bar(keys[: settings.num_documents], desc="handbook: documents", unit="document")
     ]
     return importers.write_split(records, out, "handbook")
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data import importers
@@ -27,6 +26,7 @@ from mmpt.data.indexed import samples_of
 from mmpt.data.interleave.cuts import Original
 from mmpt.data.shards import Record, Sample
 from mmpt.parts import Audio, Image, Text
+from mmpt.progress import Bar
 
 LICENSE = "of each document's source: MIT, CC-BY-SA-3.0 or Apache-2.0"
 SOURCES = ("emoji", "prompts", "voices", "gridworld")
@@ -74,7 +74,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     sources = {name: read(getattr(settings, name), name, settings) for name in SOURCES}
     maker = Maker(sources, settings)
     records = []
-    for kind, (share, names, make) in tqdm(maker.kinds.items(), desc="instructions", unit="kind"):
+    for kind, (share, names, make) in Bar(maker.kinds.items(), desc="instructions", unit="kind"):
         for name in names:
             most = round(share / len(names) * settings.num_conversations)
             records += islice(maker.records(kind, make, sources[name]), most)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mmpt.data import importers
 from mmpt.data.shards import Record, is_heldout
+from mmpt.progress import Bar
 
 SAMPLE_RATE = 16_000
 VOICE = "asterisk"
@@ -47,7 +47,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     }
     bases = base_keys(transcripts)
     records = []
-    for name, transcript in tqdm(transcripts.items(), desc="prompts", unit="prompt"):
+    for name, transcript in Bar(transcripts.items(), desc="prompts", unit="prompt"):
         wave = decode_g722(folder / f"{name}.g722")
         if len(wave) <= settings.max_seconds * SAMPLE_RATE:
             record = prompt_record(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data import importers
 from mmpt.data.shards import Record
 from mmpt.parts import Audio
+from mmpt.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
     settings = settings or Settings()
     root = importers.fetch_deb("tuxpaint-stamps-default", cache) / "usr/share/tuxpaint/stamps"
     records, num_skipped = [], 0
-    for path in tqdm(sorted(root.rglob("*.png")), desc="stamps", unit="stamp"):
+    for path in Bar(sorted(root.rglob("*.png")), desc="stamps", unit="stamp"):
         description = describe(path)
         if description:
             records.append(stamp_record(path, root, description, settings))

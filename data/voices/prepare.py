@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mmpt.data import importers
 from mmpt.data.shards import Quarantine, Record, is_heldout, read_documents, write_shard
 from mmpt.data.sources import load_script
 from mmpt.parts import Text
+from mmpt.progress import Bar
 
 SEEN_VOICES = (
     "espeak-ng:en-us",
@@ -155,7 +155,7 @@ def main(out: Path, cache: Path, settings: Settings | None = None) -> list[Path]
 
 
 def _speak(jobs: Iterable[Utterance], settings: Settings, what: str) -> list[Record]:
-    shown = tqdm(list(jobs), desc=what, unit="utterance")
+    shown = Bar(list(jobs), desc=what, unit="utterance")
     return [utterance_record(job, settings) for job in shown]
 
 

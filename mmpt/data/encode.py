@@ -256,10 +256,10 @@ def _is_current(path: Path, vocabulary: Vocabulary) -> bool:
 
 
 def _bar(jobs: Sequence[ShardJob], *, progress: bool) -> Any:
-    from tqdm import tqdm
+    from mmpt.progress import Bar
 
     total = sum(count_samples(job.raw) for job in jobs)
-    return tqdm(total=total, unit="doc", desc="encode", disable=not progress)
+    return Bar(total=total, unit="doc", desc="encode", disable=not progress)
 
 
 def _num_bytes(raw: str) -> int:

@@ -206,7 +206,7 @@ def index_shards(shards: Sequence[str], *, workers: int = 0, again: bool = False
     Shards that have an index are left alone, unless --again; do that only for shards that were
     changed on purpose. --workers: processes; 0: as many as there are cores.
     """
-    from tqdm import tqdm
+    from mmpt.progress import Bar
 
     shards = find_shards(shards)
     for shard in filter(is_remote, shards):
@@ -214,7 +214,7 @@ def index_shards(shards: Sequence[str], *, workers: int = 0, again: bool = False
     todo = [shard for shard in shards if again or load_index(shard) is None]
     rows: dict[str, ShardIndex] = {}
     count = min(workers or os.cpu_count() or 1, len(todo))
-    with tqdm(total=len(todo), desc="index", unit="shard") as bar:
+    with Bar(total=len(todo), desc="index", unit="shard") as bar:
         for event in run_tasks(_index_shard, None, todo, workers=count):
             if isinstance(event, Done):
                 bar.update()

@@ -8,8 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mmpt.config import UserError, load_recipe
 from mmpt.data import sources
 from mmpt.data.indexed import samples_of
@@ -17,6 +15,7 @@ from mmpt.data.remote import find_shards, local_copy
 from mmpt.data.render import write_page
 from mmpt.data.shards import Damage, Document, Quarantine, load_document
 from mmpt.parts import Audio, Image, Text, Video
+from mmpt.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -141,4 +140,4 @@ def _count_parts(document: Document, modalities: dict[str, Counter[str]]) -> Non
 def shown(shards: Sequence[str | Path]) -> Iterator[Path]:
     """The shards that are named, on this machine, under a progress bar. Raises UserError."""
     found = find_shards([str(shard) for shard in shards])
-    return (local_copy(shard) for shard in tqdm(found, desc="reading", unit="shard"))
+    return (local_copy(shard) for shard in Bar(found, desc="reading", unit="shard"))

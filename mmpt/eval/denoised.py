@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from mmpt.decode.noise import Alphabet
 from mmpt.eval.bounds import KINDS, LEVELS, QUARTERS, Copy, mixture_nats, shares_of
 from mmpt.model.cache import KVCache
 from mmpt.model.transformer import Decoder
+from mmpt.progress import Bar
 from mmpt.stream import Rows, Stream
 from mmpt.vocab import Modality, Vocabulary
 
@@ -80,7 +80,7 @@ class Scorer:
         sums = Sums(zeros, zeros[..., 0].clone(), zeros[..., 0].clone())
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i].stream))  # little padding
         name = f"denoise {self._modality.name.lower()}"
-        for begin in tqdm(range(0, len(order), BATCH), desc=name, unit="batch"):
+        for begin in Bar(range(0, len(order), BATCH), desc=name, unit="batch"):
             self._batch(pieces, order[begin : begin + BATCH], sums)
         return Sums(*(each.cpu() for each in sums))
 

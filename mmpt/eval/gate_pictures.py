@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data.shards import Quarantine, is_heldout, read_documents
 from mmpt.parts import Image, Text
+from mmpt.progress import Bar
 from mmpt.tokenizers.image import to_pixels
 from mmpt.tokenizers.judge import spoken_words
 
@@ -139,7 +139,7 @@ def fit(net: PictureNet, pictures: LabelledPictures, *, epochs: int, seed: int) 
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(steps, 2))
     net.train()
-    with tqdm(total=steps, desc="train the judge of pictures", leave=False) as progress:
+    with Bar(total=steps, desc="train the judge of pictures", leave=False) as progress:
         for _ in range(epochs):
             order = torch.randperm(len(pixels), generator=generator)
             for rows in order.split(BATCH):

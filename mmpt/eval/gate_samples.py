@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from mmpt.config import UserError, write_atomic
 from mmpt.data.layout import write_segments
@@ -24,6 +23,7 @@ from mmpt.data.tokens import EncodedDocument
 from mmpt.parts import Part, Text, Video
 from mmpt.pipeline import Pipeline
 from mmpt.processor import Processor
+from mmpt.progress import Bar
 from mmpt.results import Medium, Result, Settings
 from mmpt.stream import Segment, Stream, StreamBuilder, parse
 from mmpt.tokenizers.video import GROUP
@@ -108,7 +108,7 @@ class System:
     @cached_property
     def parts(self) -> list[Part]:
         """Each answer as a picture, a clip or a sound."""
-        shown = tqdm(self.answers, desc=f"decode codes: {self.name}", leave=False)
+        shown = Bar(self.answers, desc=f"decode codes: {self.name}", leave=False)
         return [self.processor.decode_segments(answer.segments)[0] for answer in shown]
 
     def shuffled(self) -> "System":
@@ -183,7 +183,7 @@ def draw_system(
     missing = [which for which in asked if not files[which].is_file()]
     if missing:
         write_atomic(folder / "settings.json", about)
-    with tqdm(total=len(missing), desc=f"draw {medium}: {name}", unit="sample") as progress:
+    with Bar(total=len(missing), desc=f"draw {medium}: {name}", unit="sample") as progress:
         for start in range(0, len(missing), BATCH):
             batch, began = missing[start : start + BATCH], time.perf_counter()
             results = _draw(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data.layout import to_conditioned_stream, to_stream
@@ -30,6 +29,7 @@ from mmpt.eval.likelihood import (
 )
 from mmpt.eval.passes import Passes
 from mmpt.model.transformer import Decoder
+from mmpt.progress import Bar
 from mmpt.stream import Stream
 from mmpt.vocab import Modality, Vocabulary
 
@@ -103,7 +103,7 @@ def evaluate_model(
         draws = DRAWS if draws is None else draws
         return told | evaluate_bounds(decoder, vocabulary, train, heldout, separator, draws=draws)
     result = {}
-    for modality in tqdm(Modality, desc="evaluate", unit="medium"):
+    for modality in Bar(Modality, desc="evaluate", unit="medium"):
         if any(segment.modality == modality for d in heldout for segment in d.segments):
             result[modality.name.lower()] = evaluate_modality(
                 decoder, vocabulary, modality, train, heldout, separator

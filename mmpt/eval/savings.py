@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mmpt.config import UserError, write_atomic
 from mmpt.data.loader import Loader
 from mmpt.doctor import doctor
@@ -24,6 +22,7 @@ from mmpt.eval.savings_curves import Comparison, LossCurve, read_curve, shares_o
 from mmpt.eval.savings_jobs import Job, plan_jobs
 from mmpt.eval.savings_page import render_savings
 from mmpt.eval.savings_variants import DENSE, VARIANTS, parse_variants
+from mmpt.progress import Bar
 from mmpt.train.recipe import TrainRecipe, load_run_recipe
 from mmpt.vocab import Vocabulary
 
@@ -98,7 +97,7 @@ def check_reuse(recipe: TrainRecipe, vocabulary: Vocabulary) -> None:
     loader = Loader(config, vocabulary, seed=recipe.seed, total_rows=total * config.rows)
     read = min(total, LOOK_AHEAD)
     middle = loader.epochs()
-    for number in tqdm(range(read), desc="how often sources are read", unit="batch"):
+    for number in Bar(range(read), desc="how often sources are read", unit="batch"):
         if number == read // 2:  # from here on nothing more waits to be packed
             middle = loader.epochs()
         if next(loader, None) is None:

@@ -9,7 +9,6 @@ among processes.
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mmpt.config import UserError, to_toml, write_atomic
 from mmpt.parts import Text
 from mmpt.process import StopRequest
+from mmpt.progress import Bar
 from mmpt.tokenizers.base import Codec, load_codec
 from mmpt.tokenizers.checkpoint import State
 from mmpt.tokenizers.health import Unhealthy
@@ -210,15 +209,13 @@ class Training:
             self.checkpoint.unlink(missing_ok=True)
         return _result(codec, self.out, seconds)
 
-    def _bar(self) -> tqdm:
-        return tqdm(
+    def _bar(self) -> Bar:
+        return Bar(
             total=self.recipe.steps,
             initial=self.first_step,
             desc=f"train {self.out.name}",
             unit="step",
             disable=not self.processes.first,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file gets few lines
-            dynamic_ncols=True,
         )
 
 

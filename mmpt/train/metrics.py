@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,15 +77,13 @@ def last_line(path: Path) -> Metrics:
 
 
 def progress_bar(steps: int, *, done: int, shown: bool) -> Any:
-    """A line that tells of the steps on the terminal; few of them where it is a file."""
-    from tqdm import tqdm
+    """What tells of the steps, with a postfix for the last of them."""
+    from mmpt.progress import Bar
 
-    return tqdm(
+    return Bar(
         total=steps,
         initial=done,
         unit="step",
         desc="train",
         disable=not shown,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        dynamic_ncols=True,
     )

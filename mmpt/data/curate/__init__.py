@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mmpt.config import UserError, load_recipe, write_atomic
 from mmpt.data.curate.annotate import annotate_shards
 from mmpt.data.curate.compare import compare_documents
@@ -24,6 +22,7 @@ from mmpt.data.curate.recipe import CurateRecipe
 from mmpt.data.indexed import samples_of
 from mmpt.data.remote import find_shards, local_copy
 from mmpt.data.shards import Sample, write_samples
+from mmpt.progress import Bar
 
 __all__ = ["CurateRecipe", "CurateReport", "curate", "curate_shards"]
 
@@ -134,7 +133,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _write_shards(used: dict[str, set[int]], out: Path) -> list[Path]:
     """Copy what is used, byte by byte; a shard of which nothing is used is not there."""
     paths = []
-    for shard, numbers in tqdm(used.items(), desc="write", unit="shard"):
+    for shard, numbers in Bar(used.items(), desc="write", unit="shard"):
         path = out / Path(shard).name
         path.unlink(missing_ok=True)  # of an earlier run
         if not numbers:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mmpt.config import UserError, write_atomic
 from mmpt.data.curate import media, text
 from mmpt.data.curate.columns import ANNOTATED, arrow_schema
@@ -23,6 +21,7 @@ from mmpt.data.remote import is_remote, local_copy, version_of
 from mmpt.data.shards import Damage, Document, is_heldout, load_document
 from mmpt.data.workers import Progress, run_tasks
 from mmpt.parts import Audio, Image, Text, Video
+from mmpt.progress import Bar
 
 FORMAT_VERSION = 1  # another one when a column means something else: then all is annotated again
 STATE = b"mmpt"  # key of what a file was made of, in its metadata
@@ -49,7 +48,7 @@ def annotate_shards(
     """
     tasks = _tasks(shards, folder, fingerprint(evaluations))
     todo = [task for task in tasks if _state_of(task.path) != task.state]
-    with tqdm(desc="annotate", unit=" documents", disable=not todo) as bar:
+    with Bar(desc="annotate", unit=" documents", disable=not todo) as bar:
         if min(workers, len(todo)) > 1:
             for event in run_tasks(annotate_shard, evaluations, todo, workers=workers):
                 if isinstance(event, Progress):

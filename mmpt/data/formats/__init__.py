@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from mmpt.config import UserError
 from mmpt.data.formats import clips, markdown, mint, mmc4, obelics, pdf, speech, webpage
 from mmpt.data.formats.draft import Draft, Importer, Item, LeftOut
 from mmpt.data.formats.writer import SplitWriter
 from mmpt.data.shards import Quarantine, Record
+from mmpt.progress import Bar
 
 Kind = Literal["obelics", "mmc4", "mint", "html", "markdown", "pdf", "clips", "speech"]
 
@@ -70,7 +69,7 @@ def import_documents(
     quarantine.unlink(missing_ok=True)
     documents, places = Quarantine(quarantine), Quarantine(quarantine)
     num_read = num_written = 0
-    for item in tqdm(_items(found.read, paths, images), desc=f"importing {kind}", unit="document"):
+    for item in Bar(_items(found.read, paths, images), desc=f"importing {kind}", unit="document"):
         record = _to_record(item, f"{name}-{num_read:08d}", name, license or "", whole)
         num_read += 1
         if isinstance(record, LeftOut):

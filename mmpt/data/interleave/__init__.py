@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mmpt.config import UserError, load_recipe
 from mmpt.data.indexed import samples_of
@@ -27,6 +26,7 @@ from mmpt.data.interleave.cuts import NOTES, NoPairError, Original, restore
 from mmpt.data.interleave.recipe import InterleaveRecipe, Name
 from mmpt.data.interleave.templates import TEMPLATES, Tools
 from mmpt.data.shards import Damage, Quarantine, Record, write_shard
+from mmpt.progress import Bar
 
 __all__ = [
     "InterleaveRecipe",
@@ -140,7 +140,7 @@ def _restore_document(original: Original) -> tuple[str, Record]:
 
 def _rewrite(shards: Sequence[str | Path], out: Path, change: Any) -> InterleaveReport:
     report = InterleaveReport()
-    for raw, path in tqdm(_pair(shards, out), desc="interleave", unit="shard"):
+    for raw, path in Bar(_pair(shards, out), desc="interleave", unit="shard"):
         listing = path.with_name(f"{path.name.partition('.')[0]}.quarantine.jsonl")
         listing.unlink(missing_ok=True)  # of an earlier run
         quarantine = Quarantine(listing)

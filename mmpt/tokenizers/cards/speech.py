@@ -15,11 +15,11 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.data.shards import Document
 from mmpt.parts import Audio, Text
+from mmpt.progress import Bar
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.cards.baseline import FrameKMeans
 from mmpt.tokenizers.cards.system import Block, System, Tally, mean
@@ -125,7 +125,7 @@ def griffin_lim(mel: Tensor) -> Tensor:
 
 def _measure(system: System, real: Sequence[Utterance]) -> tuple[Block, list[Tensor]]:
     tally, made, seconds, coded = Tally(system), [], 0.0, 0.0
-    for utterance in tqdm(real, desc=system.name):
+    for utterance in Bar(real, desc=system.name):
         wave = F.pad(utterance.wave, (0, -len(utterance.wave) % (8 * HOP)))
         out = tally.keep(wave)
         coded += len(out) / SAMPLE_RATE
@@ -232,7 +232,7 @@ def _visqol(pairs: Sequence[tuple[Tensor, Tensor]], name: str) -> float | None:
     judge = VisqolApi()
     judge.create(mode="speech")
     scores, short = [], 0
-    for made, real in tqdm(chosen, desc=f"{name}: ViSQOL"):
+    for made, real in Bar(chosen, desc=f"{name}: ViSQOL"):
         arrays = (real[:length].double().numpy(), made[:length].double().numpy())
         try:
             scores.append(float(judge.measure_from_arrays(*arrays, SAMPLE_RATE).moslqo))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.parts import Part, Text
+from mmpt.progress import Bar
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.cards.system import Block, System, Tally
 
@@ -34,7 +34,7 @@ def measure_text(codec: Codec, heldout: Sequence[list[Part]]) -> dict[str, Block
 
 def _measure(system: System, texts: Sequence[str]) -> Block:
     tally = Tally(system)
-    exact = sum(tally.keep(text) == text for text in tqdm(texts, desc=system.name))
+    exact = sum(tally.keep(text) == text for text in Bar(texts, desc=system.name))
     num_bytes = sum(len(text.encode()) for text in texts)
     block: Block = {
         "system": system.name,

@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmpt.config import UserError
 from mmpt.parts import Image, Part, Video
+from mmpt.progress import Bar
 from mmpt.tokenizers.base import Codec
 from mmpt.tokenizers.cards.baseline import CubeKMeans
 from mmpt.tokenizers.cards.system import Block, System, Tally
@@ -75,7 +75,7 @@ def _measure(system: System, clips: Sequence[Clip], amount: float) -> Block:
     tally, pixels = Tally(system), 0
     # pixels span 2; the squared errors of all pixels are pooled before the logarithm
     psnr, ssim = PeakSignalNoiseRatio(2.0), StructuralSimilarityIndexMeasure(data_range=2.0)
-    for clip in tqdm(clips, desc=system.name):
+    for clip in Bar(clips, desc=system.name):
         made, real = clip.crop(tally.keep(clip.pixels)), clip.crop(clip.pixels)
         psnr.update(made, real)
         ssim.update(made, real)

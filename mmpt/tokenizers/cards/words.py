@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mmpt.config import UserError
+from mmpt.progress import Bar
 from mmpt.tokenizers.cards.speech import Utterance
 from mmpt.tokenizers.cards.system import Block, require
 from mmpt.tokenizers.judge import (
@@ -128,7 +128,7 @@ def _dictionary() -> set[str]:
 def _listen(
     recogniser: Recogniser, waves: Sequence[Tensor], texts: Sequence[str], name: str
 ) -> WordErrors:
-    shown = tqdm(waves, desc=f"{name or 'codec'}: {recogniser.name}")
+    shown = Bar(waves, desc=f"{name or 'codec'}: {recogniser.name}")
     return judge(recogniser, (wave.numpy() for wave in shown), texts)
 
 
