@@ -256,14 +256,14 @@ def _answer(arguments: list[str]) -> int:
     """Where no verb runs: the version, help, or what the mistake is."""
     words = [word for word in arguments if not word.startswith("-")]
     flags = set(arguments) - set(words)
+    chosen = [name for name in VERBS if name.split()[: len(words)] == words]
+    if not chosen:
+        return _fail("", _unknown_verb(words))
     if unknown := sorted(flags - {"-h", "--help", "--json", "--version"}):
         return _fail("", f"unknown option {unknown[0]}; mmpt --help shows what there is")
     if "--version" in flags:
         _say(to_json({"version": mmpt.__version__}) if "--json" in flags else mmpt.__version__)
         return DONE
-    chosen = [name for name in VERBS if name.split()[: len(words)] == words]
-    if not chosen:
-        return _fail("", _unknown_verb(words))
     if words and not flags:
         return _fail(words[0], f"which verb of it? There are: {', '.join(chosen)}")
     _say(to_json(_table(chosen)) if "--json" in flags else _help(chosen, whole=not words))
