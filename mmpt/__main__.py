@@ -82,7 +82,7 @@ VERBS = {
         "mmpt.data.encode:encode",
         "turn raw shards into token shards",
         "data/sampler/emoji-train-*.tar --out build/tokens\n"
-        "data/sampler/*.tar --tokenizers image-f8 speech-12hz --workers 4 --out build/tokens",
+        "data/sampler/*.tar --workers 2 --augment --out build/augmented",
     ),
     "init": (
         "mmpt.convert.init:init",

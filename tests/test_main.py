@@ -124,7 +124,7 @@ def test_every_verb_says_in_a_few_words_what_it_does_and_returns_a_dict(verb: st
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_the_pages_can_be_read(page: Path) -> None:
     for line in re.findall(r"^ {4,}(mmpt .*)$", page.read_text(), re.MULTILINE):
-        if not line.startswith("mmpt --"):
+        if not re.match(r"mmpt (\w+ )?--(help|version|json)", line):
             read_line(line)
 
 
