@@ -116,6 +116,11 @@ VERBS = {
         "write the model of a run as one folder of safetensors",
         "runs/tiny --out models/tiny",
     ),
+    "push": (
+        "mmpt.push:push",
+        "put a model or a tokenizer on a hub, with a card",
+        "models/tiny owner/tiny --private",
+    ),
     "eval": (
         "mmpt.eval.heldout:evaluate_model",
         "held-out likelihood of a model by modality; with --compare, the quality gate",
@@ -179,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _print_help(arguments)
     path, summary, example = VERBS[name]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2"):  # each request of a hub, at a level that is for people
+        logging.getLogger(library).setLevel(logging.WARNING)
     debug = bool(os.environ.get("MMPT_DEBUG"))
     try:
         module, function = path.split(":")
