@@ -21,6 +21,7 @@ import lm_eval
 import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -66,9 +67,9 @@ def evaluate_tasks(
                 f"lm_eval has no task {task!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
     try:
-        done = lm_eval.simple_evaluate(
+        done = simple_evaluate(
             model=TextModel(pipeline, length=length),
-            tasks=manager.match_tasks(list(tasks)),
+            tasks=[*manager.match_tasks(list(tasks))],
             num_fewshot=fewshot,
             limit=limit,
             task_manager=manager,
@@ -219,4 +220,5 @@ class TextModel(TemplateLM):
 def _told(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers by metric; the filter of a metric is named where it is not `none`."""
     named = {key.removesuffix(",none"): value for key, value in values.items()}
-    return {key: value for key, value in named.items() if key not in ("alias", "name")}
+    left_out = ("alias", "name")
+    return {k: v for k, v in named.items() if k not in left_out and v != "N/A"}
