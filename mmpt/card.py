@@ -12,17 +12,28 @@ from mmpt.tokenizers.base import codec_folder
 from mmpt.vocab import Modality, Vocabulary
 
 CARD, RECIPE = "README.md", "recipe.toml"
+NOBODY = "owner/name"  # until it is on a hub
 
 
-def write_card(folder: str | Path, *, name: str = "owner/name", license: str = "unknown") -> None:
-    """Write README.md into a model folder; one that is there stays as it is.
+def write_card(folder: str | Path, *, name: str = NOBODY, license: str | None = None) -> None:
+    """Write README.md into a model folder; in one that is there only name and licence change.
 
-    name: on the hub. license: of the weights, as hubs spell it (`apache-2.0`): nothing in a folder
-    says which one holds. Raises UserError for a folder that is no model.
+    name: on the hub, where the card's example has none yet. license: of the weights, as hubs spell
+    it (`apache-2.0`); None leaves it, and is `unknown` in a new card: nothing in a folder says
+    which one holds. Raises UserError for a folder that is no model.
     """
-    folder = Path(folder)
-    if not (folder / CARD).exists():
-        write_atomic(folder / CARD, _card(folder, name, license))
+    from huggingface_hub import ModelCard
+
+    path = Path(folder) / CARD
+    if path.is_file():
+        text = path.read_text().replace(_opening(NOBODY), _opening(name))
+    else:
+        text = _card(Path(folder), name)
+    if license is not None:
+        card = ModelCard(text, ignore_metadata_errors=True)
+        card.data.license = license  # type: ignore[attr-defined] # fields of a card are made as it is read
+        text = str(card)
+    write_atomic(path, text)
 
 
 def licence_of(codec: str) -> str:
@@ -45,7 +56,11 @@ def public_recipe(text: str) -> str:
     return re.sub(r"""(["'])(?:/|~)[^"'\n]*/(?=[^"'\n/]*\1)""", r"\1", text)
 
 
-def _card(folder: Path, name: str, license: str) -> str:
+def _opening(name: str) -> str:
+    return f'mmpt.load("{name}")'
+
+
+def _card(folder: Path, name: str) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     from mmpt.plan.workload import on_meta  # which trains, and training exports
@@ -58,7 +73,7 @@ def _card(folder: Path, name: str, license: str) -> str:
     words = [modality.name.lower() for modality in media]
     adapted = any(group.noisy for group in config.groups.values())
     data = ModelCardData(
-        license=license,
+        license="unknown",
         library_name="mmpt",
         pipeline_tag="any-to-any",
         tags=["mmpt", *words, *(["discrete-diffusion"] if adapted else [])],
@@ -74,14 +89,14 @@ def _card(folder: Path, name: str, license: str) -> str:
         data.to_yaml(),
         "---",
         "",
-        f"# {name.split('/')[-1]}",
+        f"# A model of {', '.join(words)}",
         "",
-        f"A model of {', '.join(words)} as one stream of ids, made with mmpt. It decodes {ways}.",
+        f"It reads and writes all of it as one stream of ids, and decodes {ways}. Made with mmpt.",
         "",
         "```python",
         "import mmpt",
         "",
-        f'model = mmpt.load("{name}")',
+        f"model = {_opening(name)}",
         f'[answer] = model("A red apple:", to="{words[-1]}")',
         "```",
         "",

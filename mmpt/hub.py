@@ -46,6 +46,15 @@ class HubName(NamedTuple):
     repo: str
     revision: str | None = None
 
+    @classmethod
+    def of(cls, text: str, revision: str | None = None) -> "HubName":
+        """Read `owner/name` or `owner/name@revision`. Raises UserError for anything else."""
+        if (found := _NAME.fullmatch(text)) is None:
+            raise UserError(f"{text!r} is no name on a hub; give owner/name or owner/name@revision")
+        if revision is not None and found["revision"] not in (None, revision):
+            raise UserError(f"{text} is not of revision {revision!r}; give one of the two")
+        return cls(found["repo"], revision or found["revision"])
+
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
@@ -75,15 +84,14 @@ def name_of(text: str | Path, revision: str | None = None) -> HubName | None:
     Without a revision, something in a folder that is here is a mistyped path rather than a name.
     Raises UserError for a revision of what is no name on a hub.
     """
-    path, found = Path(text), _NAME.fullmatch(str(text))
-    pinned = revision or (found and found["revision"])
-    if found is None or path.exists() or (path.parent.is_dir() and not pinned):
-        if revision is not None:
-            raise UserError(f"revision {revision!r} is of a hub; {text} is no owner/name there")
-        return None
-    if revision is not None and found["revision"] not in (None, revision):
-        raise UserError(f"{text} is not of revision {revision!r}; give one of the two")
-    return HubName(found["repo"], pinned)
+    path, is_name = Path(text), _NAME.fullmatch(str(text)) is not None
+    if is_name and not path.exists():
+        name = HubName.of(str(text), revision)
+        if name.revision is not None or not path.parent.is_dir():
+            return name
+    if revision is not None:
+        raise UserError(f"revision {revision!r} is of a hub; {text} is no owner/name there")
+    return None
 
 
 def fetch(
@@ -116,6 +124,8 @@ def fetch(
             if force_download and not local_files_only:
                 raise LocalEntryNotFoundError("asked anew")
             folder = get(revision=name.revision, local_files_only=True)
+            if not _is_whole(Path(folder)):  # others looked at its card alone, say
+                raise LocalEntryNotFoundError("only parts of it are here")
         except LocalEntryNotFoundError:  # nothing, or not all of it
             if local_files_only:
                 raise
@@ -158,6 +168,11 @@ def push(
             commit_message=message,
         )
     return done.commit_url
+
+
+def _is_whole(folder: Path) -> bool:
+    weights = ("model.safetensors", "model/*.safetensors", "tokenizer.json")
+    return (folder / "config.json").is_file() and any(any(folder.glob(w)) for w in weights)
 
 
 def _check_sizes(name: HubName, files: list) -> None:

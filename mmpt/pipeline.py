@@ -27,7 +27,7 @@ from mmpt.answer.plan import Plan, Speed, plan_of
 from mmpt.answer.rows import Engine, Row, Ticks
 from mmpt.answer.sound import edit_speech, write_speech
 from mmpt.answer.text import write_text
-from mmpt.card import CARD, RECIPE, public_recipe, write_card
+from mmpt.card import CARD, NOBODY, RECIPE, public_recipe, write_card
 from mmpt.config import UserError, write_atomic
 from mmpt.edit import Edit
 from mmpt.model.transformer import Decoder
@@ -97,7 +97,7 @@ class Pipeline:
         return cls.load(folder, device=device)
 
     def save_pretrained(
-        self, folder: str | Path, *, name: str = "owner/name", license: str = "unknown"
+        self, folder: str | Path, *, name: str = NOBODY, license: str | None = None
     ) -> None:
         """Write a folder that holds all that mmpt does not ship: weights, codecs, recipe, card.
 
@@ -119,7 +119,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         private: bool | None = None,
-        license: str = "unknown",
+        license: str | None = None,
         message: str = "Push with mmpt",
         token: str | None = None,
     ) -> str:
@@ -127,9 +127,9 @@ class Pipeline:
 
         revision: the branch. private, message, token: see `mmpt.hub.push`.
         """
+        place = hub.HubName.of(name, revision)
         with TemporaryDirectory() as made:
-            self.save_pretrained(made, name=name, license=license)
-            place = hub.HubName(name, revision)
+            self.save_pretrained(made, name=place.repo, license=license)
             return hub.push(made, place, private=private, message=message, token=token)
 
     def __call__(

@@ -113,6 +113,12 @@ def test_a_fetch_that_was_cut_off_goes_on(pushed: Hub) -> None:
     assert (hub.fetch(hub.HubName("cats/tiny")) / "model.safetensors").is_file()
 
 
+def test_a_card_that_others_looked_at_is_no_model(pushed: Hub) -> None:
+    huggingface_hub.hf_hub_download("cats/tiny", "README.md")
+    huggingface_hub.hf_hub_download("cats/tiny", "config.json")
+    assert mmpt.load("cats/tiny").fingerprint
+
+
 def test_a_revision_stays_what_it_was(pushed: Hub, model_folder: Path) -> None:
     kept = pushed.repositories["cats/tiny"]
     first = kept.refs["main"]
@@ -206,6 +212,13 @@ def test_a_mistyped_folder_is_not_asked_for(server: Hub, model_folder: Path) -> 
     assert server.requests == []
 
 
+def test_a_wrong_name_is_not_pushed_to(server: Hub, model_folder: Path) -> None:
+    for name in ("tiny", "a/b/c", "../tiny", "cats/tiny@"):
+        assert main(["push", str(model_folder), name]) == 2
+    assert main(["push", "nothing", "cats/tiny"]) == 2
+    assert [request for request in server.requests if "POST" in request] == []
+
+
 def test_a_private_model_does_not_become_public(pushed: Hub, model_folder: Path) -> None:
     before = dict(pushed.repositories["cats/tiny"].refs)
     with pytest.raises(UserError, match="there and public"):
@@ -223,6 +236,21 @@ def test_a_card_of_ones_own_is_kept(model_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "two" / "README.md").read_text() == "# mine\n"
     pipeline.save_pretrained(tmp_path / "two")
     assert (tmp_path / "two" / "README.md").read_text() == "# mine\n"
+
+
+def test_a_card_of_an_export_gets_a_name_and_a_licence(
+    server: Hub, model_folder: Path, tmp_path: Path
+) -> None:
+    Pipeline.load(model_folder).save_pretrained(tmp_path / "made")
+    path = tmp_path / "made" / "README.md"
+    assert ModelCard(path.read_text()).data.license == "unknown"
+    path.write_text(path.read_text() + "\nMore that I know.\n")
+    words = ["push", str(tmp_path / "made"), "cats/tiny", "--license", "mit"]
+    assert main(words) == 0
+    card = (hub.fetch(hub.HubName("cats/tiny")) / "README.md").read_text()
+    assert ModelCard(card).data.license == "mit"
+    assert 'mmpt.load("cats/tiny")' in card
+    assert "More that I know." in card
 
 
 def test_a_saved_folder_can_be_moved(model_folder: Path, tmp_path: Path) -> None:
