@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mmpt.edit import Edit
     from mmpt.parts import Audio, Image, Message, Text, Video
     from mmpt.pipeline import Pipeline
@@ -42,11 +44,15 @@ __all__ = [
 ]
 
 
-def load(path: str, *, device: str = "cpu") -> "Pipeline":
-    """Open a model folder for inference. Raises UserError when it is none."""
+def load(path: "str | Path", *, revision: str | None = None, device: str = "cpu") -> "Pipeline":
+    """Open a model folder, a run or a model on a hub for inference.
+
+    path: a folder, or `owner/name` or `owner/name@revision` on a hub. revision: a branch, a tag or
+    a commit of it. Raises UserError when there is no such model.
+    """
     from mmpt.pipeline import Pipeline
 
-    return Pipeline.load(path, device=device)
+    return Pipeline.from_pretrained(path, revision=revision, device=device)
 
 
 def __getattr__(name: str) -> Any:

@@ -115,10 +115,16 @@ VERBS = {
         "write the model of a run as one folder of safetensors",
         "runs/tiny --out models/tiny",
     ),
+    "push": (
+        "mmpt.push:push",
+        "put a model or a tokenizer on a hub, with a card",
+        "models/tiny owner/tiny --private",
+    ),
     "eval": (
         "mmpt.eval.heldout:evaluate_model",
         "held-out likelihood of a model by modality; with --compare, the quality gate",
-        "runs/quickstart/model --tokens runs/quickstart/tokens",
+        "runs/quickstart/model --tokens runs/quickstart/tokens\n"
+        "runs/quickstart/model --tasks arc_easy --limit 100",
     ),
     "report": (
         "mmpt.eval.training:report_command",
@@ -198,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     path, summary, examples = VERBS[name]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2"):  # each request of a hub, at a level that is for people
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
             module, function = path.split(":")

@@ -107,7 +107,7 @@ def paint(text: str, style: str, stream: TextIO) -> str:
 
 def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        [hint] = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        *_, hint = (arg for arg in typing.get_args(hint) if arg is not type(None))  # str | Path
     required = parameter.default is inspect.Parameter.empty
     many = typing.get_origin(hint) in (list, tuple, Sequence)
     kind = typing.get_args(hint)[0] if many else hint

@@ -28,6 +28,7 @@ OPTIONAL = {
     "torchmetrics": "eval",
     "torch_fidelity": "eval",
     "datatrove": "curate",
+    "lm_eval": "eval-text",
 }
 
 

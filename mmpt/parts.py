@@ -5,6 +5,7 @@ see `media.py` and `sound.py` for the formats. What was generated carries how it
 MP4 and WAV files keep that; see `provenance.py`.
 """
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -68,6 +69,10 @@ class Image:
         """What `save` writes."""
         return media.picture_bytes(self.pixels, suffix, note=self.provenance())
 
+    def _repr_png_(self) -> bytes:
+        # notebooks show it; how it was made belongs into files
+        return media.picture_bytes(self.pixels, ".png", note="")
+
 
 @dataclass(frozen=True, eq=False)
 class Video:
@@ -99,6 +104,10 @@ class Video:
     def encode(self, suffix: str = ".mp4") -> bytes:
         """What `save` writes."""
         return media.video_bytes(self.frames, self.fps, suffix, note=self.provenance())
+
+    def _repr_html_(self) -> str:
+        data = media.video_bytes(self.frames, self.fps, ".webp", note="")
+        return f'<img src="{_inline("image/webp", data)}">'
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +155,10 @@ class Audio:
         """What `save` writes."""
         return sound.sound_bytes(self.wave, self.sample_rate, suffix, note=self.provenance())
 
+    def _repr_html_(self) -> str:
+        data = sound.sound_bytes(self.wave, self.sample_rate, ".wav", note="")
+        return f'<audio controls src="{_inline("audio/wav", data)}"></audio>'
+
 
 Part = Text | Image | Video | Audio
 
@@ -190,6 +203,11 @@ def _small_ratio(before: int, after: int) -> tuple[int, int]:
     ratio = Fraction(small, big).limit_denominator(MAX_RATIO)
     low, high = ratio.as_integer_ratio()
     return (low, high) if before < after else (high, low)
+
+
+def _inline(kind: str, data: bytes) -> str:
+    """The address of data that stands in a page itself."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _suffix(path: str | Path) -> str:

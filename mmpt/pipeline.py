@@ -10,21 +10,25 @@ it again. Each sample has its own generator, so a batch gives what its singles g
 changes while it answers: threads may share a pipeline, and a request that fails leaves no trace.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event as Flag
 from threading import Lock
 from typing import Any
 
 import torch
 
+from mmpt import hub
 from mmpt.answer.decide import Decision
 from mmpt.answer.grids import write_grids
 from mmpt.answer.plan import Plan, Speed, plan_of
 from mmpt.answer.rows import Engine, Row, Ticks
 from mmpt.answer.sound import edit_speech, write_speech
 from mmpt.answer.text import write_text
-from mmpt.config import UserError
+from mmpt.card import CARD, NOBODY, RECIPE, public_recipe, write_card
+from mmpt.config import UserError, write_atomic
 from mmpt.edit import Edit
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import fingerprint
@@ -34,16 +38,25 @@ from mmpt.processor import Processor
 from mmpt.provenance import stamp
 from mmpt.request import Generate, Given, Request
 from mmpt.results import Cancelled, Event, Medium, Result
-from mmpt.train.checkpoint import find_model
+from mmpt.train.checkpoint import find_model, find_recipe
 
 
 class Pipeline:
     """A model with its codecs. `device` follows the model."""
 
-    def __init__(self, model: Decoder, processor: Processor, *, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        processor: Processor,
+        *,
+        fingerprint: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        """folder: what it was opened from; its card and its recipe go along when it is saved."""
         self.model = model.eval()
         self.processor = processor
         self.fingerprint = fingerprint
+        self.folder = folder
         self._speed: Speed | None = None
         self._measuring = Lock()
 
@@ -53,7 +66,71 @@ class Pipeline:
         folder = find_model(folder)
         processor = Processor.from_folder(folder)
         model = Decoder.load(folder, vocabulary=processor.vocabulary).to(pick_device(device))
-        return cls(model, processor, fingerprint=fingerprint(folder))
+        return cls(model, processor, fingerprint=fingerprint(folder), folder=folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "cpu",
+        force_download: bool = False,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+    ) -> "Pipeline":
+        """As `load`, also of `owner/name` or `owner/name@revision` on a hub.
+
+        revision: a branch, a tag or a commit. The other options are those of `mmpt.hub.fetch`: what
+        is on this machine is opened without network. Raises UserError in one line.
+        """
+        if (name := hub.name_of(name_or_path, revision)) is None:
+            return cls.load(name_or_path, device=device)
+        folder = hub.fetch(
+            name,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        return cls.load(folder, device=device)
+
+    def save_pretrained(
+        self, folder: str | Path, *, name: str = NOBODY, license: str | None = None
+    ) -> None:
+        """Write a folder that holds all that mmpt does not ship: weights, codecs, recipe, card.
+
+        The card is that of the folder it was opened from, where it has one; see `write_card`.
+        Raises UserError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        save_model(self.model, self.processor, folder, codecs=True)
+        if self.folder is not None and self.folder.resolve() != folder.resolve():
+            if (self.folder / CARD).is_file():
+                shutil.copyfile(self.folder / CARD, folder / CARD)
+            if (recipe := find_recipe(self.folder)) is not None:
+                write_atomic(folder / RECIPE, public_recipe(recipe.read_text()))
+        write_card(folder, name=name, license=license)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        message: str = "Push with mmpt",
+        token: str | None = None,
+    ) -> str:
+        """Put what `save_pretrained` writes on a hub as `owner/name`; the commit's address.
+
+        revision: the branch. private, message, token: see `mmpt.hub.push`.
+        """
+        place = hub.HubName.of(name, revision)
+        with TemporaryDirectory() as made:
+            self.save_pretrained(made, name=place.repo, license=license)
+            return hub.push(made, place, private=private, message=message, token=token)
 
     def __call__(
         self,
@@ -217,8 +294,11 @@ def _alike(requests: Sequence[Request]) -> list[list[int]]:
     return list(groups.values())
 
 
-def save_model(model: Decoder, processor: Processor, folder: str | Path) -> None:
-    """Write a model folder that `Pipeline.load` opens."""
+def save_model(
+    model: Decoder, processor: Processor, folder: str | Path, *, codecs: bool = False
+) -> None:
+    """Write a model folder that `Pipeline.load` opens. codecs: with those that are not shipped."""
+    folder = Path(folder)
     model.save(folder)
-    processor.vocabulary.save(Path(folder) / "vocabulary.json")
-    processor.save_settings(folder)
+    processor.vocabulary.save(folder / "vocabulary.json")
+    processor.save_settings(folder, codecs=codecs)

@@ -6,6 +6,7 @@ more detail than its codes hold.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,9 +128,16 @@ class Processor:
         codecs = (self.text, *self.media.values())
         return ProcessorSettings(tuple(_reference(codec) for codec in codecs), self.max_side)
 
-    def save_settings(self, folder: str | Path) -> None:
-        """Write processor.json; the vocabulary is saved by itself."""
-        self.settings.save(folder)
+    def save_settings(self, folder: str | Path, *, codecs: bool = False) -> None:
+        """Write processor.json; the vocabulary is saved by itself.
+
+        codecs: and the codecs that are not shipped, each in a folder beside it.
+        """
+        every = (self.text, *self.media.values())
+        names = [_save_beside(c, Path(folder)) if codecs else _reference(c) for c in every]
+        if len(set(names)) < len(names):
+            raise UserError(f"two tokenizers have one name ({', '.join(names)}); rename a folder")
+        ProcessorSettings(tuple(names), self.max_side).save(folder)
 
     @property
     def separator(self) -> np.ndarray:
@@ -277,8 +285,24 @@ def _reference(codec: Codec) -> str:
     """The name of a shipped codec, the absolute path of another one."""
     if codec.folder is None:
         raise UserError(f"the {codec.kind} tokenizer was never saved; save it and load it by path")
-    shipped = hub.holds("tokenizers") and codec.folder.parent == hub.shipped("tokenizers").resolve()
-    return codec.name if shipped else str(codec.folder)
+    return codec.name if _is_shipped(codec.folder) else str(codec.folder)
+
+
+def _save_beside(codec: Codec, folder: Path) -> str:
+    """Its name where it is shipped; else where a copy of it stands from now on, in `folder`."""
+    if codec.folder is not None and _is_shipped(codec.folder):
+        return codec.name
+    place = folder.resolve() / (codec.name or codec.kind)
+    if codec.folder != place:
+        codec.save(place)
+        for name in ("README.md", "LICENSE"):
+            if codec.folder is not None and (codec.folder / name).is_file():
+                shutil.copyfile(codec.folder / name, place / name)
+    return str(place)
+
+
+def _is_shipped(folder: Path) -> bool:
+    return hub.holds("tokenizers") and folder.parent == hub.shipped("tokenizers").resolve()
 
 
 def _build_vocabulary(text: TextCodec, media: Mapping[Modality, Codec]) -> Vocabulary:

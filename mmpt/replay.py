@@ -37,13 +37,16 @@ MOST |= {"num_passes": 4096}
 MAX_BATCH = 64
 
 
-def replay(file: Path, *, model: Path | None = None, device: str = "") -> dict[str, Any]:
+def replay(
+    file: str | Path, *, model: str | Path | None = None, device: str = ""
+) -> dict[str, Any]:
     """Generate FILE again from the request in its metadata; FILE is a result of mmpt.
 
     --model: a model folder or a run; without it, the one of the recorded fingerprint in runs/,
     models/ or examples/. --device: the recorded one where it is there. Exit status: 0 equal to the
     last bit, 1 something differs, 2 it cannot be replayed.
     """
+    file, model = Path(file), None if model is None else Path(model)
     recording = read_recording(file)
     pipeline = open_model(recording.provenance, model, device)
     with _threads(recording.provenance.circumstances.threads):

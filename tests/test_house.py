@@ -45,13 +45,14 @@ RANKS = (
         "request",
         "content",
         "answer",
+        "card",
         "train",
         "eval",
         "plan",
         "pipeline",
         "convert",
     ),
-    ("generate", "replay", "ribbon", "showcase", "quickstart", "demo", "bench", "__main__"),
+    ("generate", "push", "replay", "ribbon", "showcase", "quickstart", "demo", "bench", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

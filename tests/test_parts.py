@@ -1,5 +1,6 @@
 """Parts: whatever people have is read upright and in range, the rest is refused in one line."""
 
+import base64
 import io
 import struct
 import zlib
@@ -508,3 +509,17 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
     if not changes:
         data = data[: int(cut * len(data))]
     attempt(load, bytes(data))
+
+
+def test_notebooks_show_what_files_hold() -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    shown = Image(pixels, provenance=lambda: "how it was made")._repr_png_()
+    assert np.array_equal(Image.load(shown).pixels, pixels)
+    assert b"how it was made" not in shown
+    wave = np.linspace(-0.5, 0.5, 160, dtype=np.float32)
+    page = Audio(wave, 16_000)._repr_html_()
+    data = page.removeprefix('<audio controls src="data:audio/wav;base64,').split('"')[0]
+    assert np.allclose(Audio.load(base64.b64decode(data)).wave, wave, atol=1e-4)
+    page = Video(np.stack([pixels, pixels[::-1]]), 8.0)._repr_html_()
+    data = page.removeprefix('<img src="data:image/webp;base64,').split('"')[0]
+    assert len(Video.load(base64.b64decode(data)).frames) == 2

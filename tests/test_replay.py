@@ -111,7 +111,7 @@ def test_several_slots_replay_from_any_of_their_files(
     assert [path.name for path in paths] == ["1.png", "2.wav", "3.txt", "result.json"]
     for path in paths:
         if path.suffix != ".txt":
-            assert replay(path, model=folder)["replayed"] == "equal to the last bit"
+            assert replay(str(path), model=str(folder))["replayed"] == "equal to the last bit"
     content = read_recording(paths[-1]).content
     assert content is not None
     assert list(map(PartRecord.of, content)) == list(map(PartRecord.of, result.parts))

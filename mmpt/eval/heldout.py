@@ -49,12 +49,17 @@ def evaluate_model(
     model: Path,
     overrides: Sequence[str] = (),
     *,
-    tokens: Path,
+    tokens: Path | None = None,
     elbo: bool = False,
     draws: int | None = None,
     compare: str = "",
     recipe: Path | None = None,
     out: Path | None = None,
+    tasks: str = "",
+    limit: int | None = None,
+    fewshot: int | None = None,
+    include_path: Path | None = None,
+    length: int | None = None,
 ) -> dict[str, Any]:
     """Held-out likelihood of MODEL by modality, in nats per id, beside baselines.
 
@@ -70,9 +75,22 @@ def evaluate_model(
     --compare ar,dida: test instead whether the samples of one way to decode are as good as those of
     another; how is said by RECIPE and key=value OVERRIDES of it. OUT gets the samples, which are
     drawn once, gate.json and gate.html.
+
+    --tasks hellaswag,arc_easy: instead the tasks, groups or tags of EleutherAI's lm_eval, over text
+    alone: --limit documents of each, --fewshot examples, task files of --include-path, and --length
+    (512) ids that the model sees at most. It needs pip install 'mmpt[eval-text]'.
     """
     from mmpt.train.adapt import find_model  # which evaluates while it trains
 
+    if tasks:
+        if tokens or elbo or compare:
+            raise UserError("--tasks has data of its own; leave out --tokens, --elbo and --compare")
+        options = {"limit": limit, "fewshot": fewshot, "include_path": include_path}
+        return _evaluate_tasks(model, tasks.split(","), length, options)
+    if limit is not None or fewshot is not None or include_path or length is not None:
+        raise UserError("--limit, --fewshot, --include-path and --length belong to --tasks")
+    if tokens is None:
+        raise UserError("give --tokens FOLDER, as mmpt encode writes it, or --tasks NAMES")
     if draws is not None and (compare or not elbo):
         raise UserError(f"--draws {draws} is of the bounds; give --elbo, and no --compare")
     if compare:
@@ -109,6 +127,22 @@ def evaluate_model(
                 decoder, vocabulary, modality, train, heldout, separator
             )
     return told | {"heldout": result}
+
+
+def _evaluate_tasks(
+    model: Path, tasks: Sequence[str], length: int | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        from mmpt.eval.tasks import LENGTH, evaluate_tasks
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--tasks needs {error.name}, which is absent: pip install 'mmpt[eval-text]'"
+        ) from None
+    from mmpt.pipeline import Pipeline
+
+    pipeline = Pipeline.load(model)
+    length = LENGTH if length is None else length
+    return {"model": str(model)} | evaluate_tasks(pipeline, tasks, length=length, **options)
 
 
 def evaluate_modality(

@@ -26,12 +26,24 @@ STRENGTHS = tuple(2.0**k for k in range(-6, 13))  # pseudo-counts tried for a sm
 CHUNK = 2048  # ids whose scores are held at once
 
 
-@torch.no_grad()
 def token_nats(model: Decoder, rows: Rows) -> torch.Tensor:
     """float32 (B, L): -log p of each id given those before it in its document.
 
     0 for the first id of a document, for which the model has nothing to go by, and for pads.
     """
+    return token_scores(model, rows).nats
+
+
+class TokenScores(NamedTuple):
+    """Of each id, (B, L): -log p as float32, and bool: no other id has a higher p."""
+
+    nats: torch.Tensor
+    best: torch.Tensor
+
+
+@torch.no_grad()
+def token_scores(model: Decoder, rows: Rows) -> TokenScores:
+    """`token_nats`, and whether the model would have chosen the id; 0 and False where it is 0."""
     hidden = model(
         rows.ids,
         modality=rows.modality,
@@ -42,12 +54,14 @@ def token_nats(model: Decoder, rows: Rows) -> torch.Tensor:
     nats = torch.zeros(rows.ids.shape, device=hidden.device)
     inside = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.document[:, 1:] >= 0)
     states, labels = hidden[:, :-1][inside], rows.ids[:, 1:][inside]
-    parts = [
-        F.cross_entropy(model.logits(state), label, reduction="none")
-        for state, label in zip(states.split(CHUNK), labels.split(CHUNK), strict=True)
-    ]
-    nats[:, 1:][inside] = torch.cat(parts).float() if parts else nats.new_zeros(0)
-    return nats
+    parts, hits = [nats.new_zeros(0)], [inside.new_zeros(0)]
+    for state, label in zip(states.split(CHUNK), labels.split(CHUNK), strict=True):
+        logits = model.logits(state)
+        parts.append(F.cross_entropy(logits, label, reduction="none").float())
+        hits.append(logits.argmax(-1) == label)
+    best = torch.zeros_like(rows.ids, dtype=torch.bool)
+    nats[:, 1:][inside], best[:, 1:][inside] = torch.cat(parts), torch.cat(hits)
+    return TokenScores(nats, best)
 
 
 def unigram(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from mmpt.eval.likelihood import token_nats
+from mmpt.eval.likelihood import token_nats, token_scores
 from mmpt.model.transformer import Decoder
 from mmpt.stream import Rows, Stream
 from mmpt.train.parallel import Ranks
@@ -26,7 +26,8 @@ MIN_LENGTH = 8  # of rows that are padding alone
 class Passes:
     """Runs streams through a model, which is in evaluation mode meanwhile.
 
-    ranks: those of a training; without them this process does all. bf16: as the run trains.
+    ranks: those of a training; without them this process does all. bf16: as the run trains. batch:
+    rows of a pass.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Passes:
         *,
         ranks: Ranks | None = None,
         bf16: bool = False,
+        batch: int = BATCH,
     ) -> None:
         self.model, self._ranks, self._bf16 = model, ranks, bf16
+        self._batch = batch
         self._pad = vocabulary.structure_id("<pad>")
         self._rank, self._count = (ranks.data_rank, ranks.num_data) if ranks else (0, 1)
 
@@ -48,6 +51,16 @@ class Passes:
             return (token_nats(self.model, rows).double() * rows.loss_weight).sum(1, keepdim=True)
 
         return self._map(streams, measure, 1)[:, 0].tolist()
+
+    def scores(self, streams: Sequence[Stream]) -> list[tuple[float, bool]]:
+        """(N,): log p of what has weight in each stream, and whether each such id is the best."""
+
+        def measure(rows: Rows) -> torch.Tensor:
+            nats, best = token_scores(self.model, rows)
+            wrong = (~best & (rows.loss_weight > 0)).sum(1)
+            return torch.stack([-(nats.double() * rows.loss_weight).sum(1), wrong.double()], 1)
+
+        return [(score, wrong == 0) for score, wrong in self._map(streams, measure, 2).tolist()]
 
     def pooled(self, streams: Sequence[Stream], layer: int) -> torch.Tensor:
         """float64 (N, D): the mean, by weight, of the hidden states that a layer gives."""
@@ -82,8 +95,8 @@ class Passes:
         order = sorted(range(len(streams)), key=lambda i: len(streams[i]))  # little padding
         mine = order[self._rank :: self._count]
         with self._evaluating(device):
-            for batch in range(math.ceil(math.ceil(len(order) / self._count) / BATCH)):
-                chosen = mine[batch * BATCH : (batch + 1) * BATCH]
+            for batch in range(math.ceil(math.ceil(len(order) / self._count) / self._batch)):
+                chosen = mine[batch * self._batch : (batch + 1) * self._batch]
                 length = max((len(streams[i]) for i in chosen), default=MIN_LENGTH)
                 rows = Rows.pack([[streams[i]] for i in chosen] or [[]], length, self._pad)
                 values = measure(rows.to(device))

@@ -158,6 +158,8 @@ def codec_folder(name_or_path: str | Path) -> Path:
     """The folder of a codec given as a path or as a name of the shipped zoo."""
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)  # a folder opens where no zoo is, too
+    if (name := hub.name_of(name_or_path)) is not None:
+        return hub.fetch(name)
     folder = hub.shipped("tokenizers") / str(name_or_path)
     if (folder / "config.json").is_file():
         return folder

@@ -29,6 +29,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from mmpt import hub
 from mmpt.config import UserError
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import files_of, write_parts
@@ -37,7 +38,7 @@ from mmpt.processor import ProcessorSettings
 from mmpt.vocab import Vocabulary
 
 FORMAT_VERSION = 2  # 1 had whole tensors, and one rank's loader in state.json
-PREFIX = "step-"
+PREFIX, CHECKPOINTS = "step-", "checkpoints"
 
 log = logging.getLogger(__name__)
 
@@ -232,18 +233,26 @@ def latest(folder: str | Path) -> Path | None:
 
 def checkpoints_of(run: str | Path) -> Path:
     """The folder of a run's checkpoints."""
-    return Path(run) / "checkpoints"
+    return Path(run) / CHECKPOINTS
 
 
 def find_model(folder: str | Path) -> Path:
-    """A model folder, or the newest checkpoint of a run folder."""
+    """A model folder, the newest checkpoint of a run folder, or a model on a hub (`owner/name`)."""
     folder = Path(folder)
     if files_of(folder):
         return folder
     newest = latest(checkpoints_of(folder))
+    if newest is None and (name := hub.name_of(folder)) is not None:
+        return find_model(hub.fetch(name))
     if newest is None:
         raise UserError(f"no model at {folder}; give a model folder or the --out of mmpt train")
     return newest
+
+
+def find_recipe(folder: Path) -> Path | None:
+    """recipe.toml of a model folder, or of the run that a checkpoint belongs to."""
+    places = [folder, folder.parents[1]] if folder.parent.name == CHECKPOINTS else [folder]
+    return next((p / "recipe.toml" for p in places if (p / "recipe.toml").is_file()), None)
 
 
 def begun_with(folder: str | Path, vocabulary: Vocabulary) -> Vocabulary:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import torch
 
-from mmpt.config import UserError
+from mmpt.card import CARD, RECIPE, public_recipe, write_card
+from mmpt.config import UserError, write_atomic
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import files_of, fingerprint, read_tensors
-from mmpt.train.checkpoint import find_model, find_processor
+from mmpt.train.checkpoint import find_model, find_processor, find_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,9 +25,9 @@ def export(
     """Write the model of a run or checkpoint as one folder, whatever number of ranks trained it.
 
     RUN is the --out of a training, one of its checkpoints or a model folder. The folder gets
-    model.safetensors, config.json, vocabulary.json and processor.json; generating, evaluating,
-    adapting and `start` in a recipe read it. --average: the averaged weights, where the recipe had
-    `ema`. --dtype bf16 halves the file.
+    model.safetensors, config.json, vocabulary.json, processor.json, recipe.toml and a card;
+    generating, evaluating, adapting and `start` in a recipe read it. --average: the averaged
+    weights, where the recipe had `ema`. --dtype bf16 halves the file.
     """
     folder = find_model(run)
     model = Decoder.load(folder)
@@ -41,6 +42,11 @@ def export(
         shutil.copyfile(folder / "vocabulary.json", out / "vocabulary.json")
     if (settings := find_processor(folder)) is not None:
         settings.save(out)
+    if (recipe := find_recipe(folder)) is not None:
+        write_atomic(out / RECIPE, public_recipe(recipe.read_text()))
+    if (folder / CARD).is_file():
+        shutil.copyfile(folder / CARD, out / CARD)
+    write_card(out)
     return {
         "model": str(out),
         "from": str(folder),

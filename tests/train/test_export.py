@@ -23,7 +23,7 @@ def test_an_exported_model_is_that_of_the_run_and_can_be_a_start(
     told = export(run, out=tmp_path / "model")
     exported = Decoder.load(tmp_path / "model", vocabulary=vocabulary)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
-        *("model.safetensors", "config.json", "vocabulary.json")
+        *("model.safetensors", "config.json", "vocabulary.json", "recipe.toml", "README.md")
     }
     assert told["parameters"] == exported.num_parameters
     assert tensors_equal(
