@@ -49,7 +49,17 @@ RANKS = (
         "pipeline",
         "convert",
     ),
-    ("generate", "replay", "ribbon", "showcase", "quickstart", "demo", "bench", "__main__"),
+    (
+        "serve",
+        "generate",
+        "replay",
+        "ribbon",
+        "showcase",
+        "quickstart",
+        "demo",
+        "bench",
+        "__main__",
+    ),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
