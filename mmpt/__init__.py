@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmpt.pipeline import Pipeline
     from mmpt.request import Generate, Request
     from mmpt.results import Result
+    from mmpt.serve import Server
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Pipeline": "mmpt.pipeline",
     "Request": "mmpt.request",
     "Result": "mmpt.results",
+    "Server": "mmpt.serve",
 }
 __all__ = [
     "Audio",
@@ -36,6 +38,7 @@ __all__ = [
     "Pipeline",
     "Request",
     "Result",
+    "Server",
     "Text",
     "Video",
     "load",

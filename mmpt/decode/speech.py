@@ -114,7 +114,7 @@ def speak_steps(
             unconditional=None if free is None else [free],
             pool=pool,
         ):
-            header = np.append(header, step.ids)
+            header = np.append(header, np.array(step.ids))  # one sample, which steps until it stops
             yield None
         ids = np.append(ids, header)
         size = vocabulary.size_of(int(header[-1]))

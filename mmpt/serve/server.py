@@ -1,6 +1,6 @@
 """A pipeline that many threads ask at once, and that answers many requests in shared passes.
 
-    with Server(mmpt.load("runs/quickstart/model")) as server:
+    with mmpt.Server(mmpt.load("runs/quickstart/model")) as server:
         [picture] = server("red apple", to="image")  # from any thread
 
 One thread does all the work. What is written one id at a time shares its passes (`decode.pool`),
@@ -14,7 +14,7 @@ those of a kind that already has as many as a batch let others pass; and kinds g
 
 import logging
 import time
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from threading import Event as Flag
@@ -81,7 +81,7 @@ class Server:
         seed: int = 0,
         cancel: Flag | None = None,
         **settings: Any,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """As that of `Pipeline`; it takes its place among those that wait when it is called."""
         request = Request.of(items, to=to, begin=begin, edit=edit, seed=seed, settings=settings)
         return self._ask(Ticket(request, show=True, cancel=cancel)).events()

@@ -1,6 +1,6 @@
 """One request on its way through a server: how it waits, what comes of it, how it is given up."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 from queue import SimpleQueue
 from threading import Event as Flag
 
@@ -51,7 +51,7 @@ class Ticket:
             self.end(Cancelled("stopped, as was asked"))
         return not self.over
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event, None, None]:
         """Until the Result; raises what ended it instead. Who leaves before cancels it."""
         try:
             while True:

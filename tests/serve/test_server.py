@@ -102,9 +102,10 @@ def test_a_stream_tells_what_a_stream_of_the_pipeline_tells(
     pipeline: Pipeline, server: Server
 ) -> None:
     kinds: list[dict[str, Any]] = [{"to": "text"}, {"to": "speech"}]
-    for options in (*kinds, {"to": "image", "decoder": "dida"}):
-        wanted = list(pipeline.stream("red", **SMALL | options))
-        streams = [server.stream("red", **SMALL | options) for _ in range(3)]
+    for kind in (*kinds, {"to": "image", "decoder": "dida"}):
+        options: dict[str, Any] = {**SMALL, **kind}
+        wanted = list(pipeline.stream("red", **options))
+        streams = [server.stream("red", **options) for _ in range(3)]
         for events in map(list, streams):
             assert [type(e) for e in events] == [type(e) for e in wanted]
             assert [e.text for e in events if isinstance(e, TextDelta)] == [
@@ -183,7 +184,8 @@ def test_of_a_batch_only_those_fail_that_would_fail_alone(
     pipeline: Pipeline, server: Server
 ) -> None:
     options: dict[str, Any] = SMALL | {"to": "image", "decoder": "dida"}
-    busy = server.stream("red", **LONG | options | {"height": 64, "width": 64})
+    longer: dict[str, Any] = {**options, "height": 64, "width": 64}
+    busy = server.stream("red", **longer)
     broken = Image(np.zeros((16, 16, 3), np.uint8))
     object.__setattr__(broken, "pixels", np.zeros((0, 0, 3), np.uint8))
     with pytest.raises(Exception) as alone:  # noqa: PT011 # whatever it is
@@ -280,7 +282,7 @@ def test_kinds_get_equal_time_however_many_ask(pipeline: Pipeline) -> None:
 
 def test_batches_of_blocks_are_gathered_and_previewed(pipeline: Pipeline, server: Server) -> None:
     options: dict[str, Any] = SMALL | {"to": "image", "decoder": "dida"}
-    first = server.stream("red", **options | {"num_passes": 4})
+    first = server.stream("red", **dict(options, num_passes=4))
     results = together([lambda n=n: list(server.stream("a", seed=n, **options)) for n in range(6)])
     list(first)
     for seed, events in enumerate(results):
