@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmpt.pipeline import Pipeline
     from mmpt.request import Generate, Request
     from mmpt.results import Result
+    from mmpt.serve import Server
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Pipeline": "mmpt.pipeline",
     "Request": "mmpt.request",
     "Result": "mmpt.results",
+    "Server": "mmpt.serve",
 }
 __all__ = [
     "Audio",
@@ -38,6 +40,7 @@ __all__ = [
     "Pipeline",
     "Request",
     "Result",
+    "Server",
     "Text",
     "Video",
     "load",

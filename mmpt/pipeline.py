@@ -11,7 +11,7 @@ changes while it answers: threads may share a pipeline, and a request that fails
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event as Flag
@@ -24,11 +24,12 @@ from mmpt import hub
 from mmpt.answer.decide import Decision
 from mmpt.answer.grids import write_grids
 from mmpt.answer.plan import Plan, Speed, plan_of
-from mmpt.answer.rows import Engine, Row, Ticks
+from mmpt.answer.rows import Engine, Row, Tick, Ticks
 from mmpt.answer.sound import edit_speech, write_speech
 from mmpt.answer.text import write_text
 from mmpt.card import CARD, NOBODY, RECIPE, public_recipe, write_card
 from mmpt.config import UserError, write_atomic
+from mmpt.decode.pool import Pool
 from mmpt.edit import Edit
 from mmpt.model.transformer import Decoder
 from mmpt.model.weights import fingerprint
@@ -227,21 +228,31 @@ class Pipeline:
             self._speed = self._speed or Speed.measure(engine)
         return plan_of(engine, request, self._speed)
 
-    @torch.inference_mode()
     def _answer(
         self, requests: Sequence[Request], cancel: Flag | None, *, show: bool
     ) -> Iterator[tuple[int, Event]]:
-        """Events of requests whose slots are alike. show: previews, which have to be decoded."""
-        engine = Engine(self.model, self.processor)
+        for tick in self.ticks(requests, show=show):
+            done = tick is not None and isinstance(tick[1], Result)
+            if cancel is not None and cancel.is_set() and not done:
+                raise Cancelled("stopped, as was asked")
+            if tick is not None:
+                yield tick
+
+    @torch.inference_mode()
+    def ticks(
+        self, requests: Sequence[Request], *, show: bool, pool: Pool | None = None
+    ) -> Generator[Tick, None, None]:
+        """Events of requests whose slots are alike (`likeness`), and None behind each pass.
+
+        show: previews, too, which have to be decoded. pool: where passes are shared with others
+        that are answered in turn.
+        """
+        engine = Engine(self.model, self.processor, pool)
         rows = [Row(request, self.processor, n) for n, request in enumerate(requests)]
         slots: list[Generate] = []
         while new := [slot for row in rows if (slot := row.advance()) is not None]:
             slots = new
-            for tick in _write(engine, rows, slots, show=show):
-                if cancel is not None and cancel.is_set():
-                    raise Cancelled("stopped, as was asked")
-                if tick is not None:
-                    yield tick
+            yield from _write(engine, rows, slots, show=show)
         for row, slot in zip(rows, slots, strict=True):
             yield row.number, stamp(self._result(row, slot, len(rows)), self)
 
@@ -282,16 +293,22 @@ def _write(engine: Engine, rows: Sequence[Row], slots: Sequence[Generate], *, sh
 
 
 def _alike(requests: Sequence[Request]) -> list[list[int]]:
-    """Places of requests that can be answered together: equal slots, and no edits."""
+    """Places of requests that can be answered together."""
     groups: dict[Any, list[int]] = {}
     for place, request in enumerate(requests):
-        shapes = [
-            (s.medium, s.chosen, None if s.begin is None else s.begin.frames.shape)
-            for s in request.slots
-        ]
-        alone = place if any(slot.edit is not None for slot in request.slots) else -1
-        groups.setdefault((alone, request.spoken, *shapes), []).append(place)
+        groups.setdefault(likeness(request) or place, []).append(place)
     return list(groups.values())
+
+
+def likeness(request: Request) -> Hashable | None:
+    """Equal of requests that can be answered together; None of those with edits."""
+    if any(slot.edit is not None for slot in request.slots):
+        return None
+    shapes = [
+        (s.medium, s.chosen, None if s.begin is None else s.begin.frames.shape)
+        for s in request.slots
+    ]
+    return (request.spoken, *shapes)
 
 
 def save_model(

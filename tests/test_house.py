@@ -52,7 +52,18 @@ RANKS = (
         "pipeline",
         "convert",
     ),
-    ("generate", "push", "replay", "ribbon", "showcase", "quickstart", "demo", "bench", "__main__"),
+    (
+        "serve",
+        "generate",
+        "push",
+        "replay",
+        "ribbon",
+        "showcase",
+        "quickstart",
+        "demo",
+        "bench",
+        "__main__",
+    ),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

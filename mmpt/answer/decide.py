@@ -81,14 +81,14 @@ class Decision:
 
     def _step(self) -> Iterator[int | np.ndarray]:
         """Ids of text one by one, and at last a whole header (n,), if one comes."""
-        settings, vocabulary = self.settings, self.engine.vocabulary
+        engine, settings, vocabulary = self.engine, self.settings, self.engine.vocabulary
         # as far as the room goes that was made; then what is seen is chosen anew
         ahead = settings.context // 4 or self.left
         window = self.row.window(ahead, settings.context, self._pending)
         shapes = self._shapes()
         header: list[int] = []
         steps = generate_steps(
-            self.engine.model,
+            engine.model,
             vocabulary,
             [window.prompt],
             max_ids=self.left,
@@ -99,6 +99,7 @@ class Decision:
             stop="header",
             ends=self.row.ends,
             unconditional=unconditional([window], settings),
+            pool=engine.pool,
         )
         for count, step in enumerate(steps, 1):
             token = step.ids[0]
@@ -163,7 +164,7 @@ class Decision:
         ids, given = np.zeros(0, dtype=np.int64), (engine.model, engine.vocabulary, [window.prompt])
         if settings.decoder == "ar":
             steps = []
-            for step in block_steps(*given, **options):
+            for step in block_steps(*given, pool=engine.pool, **options):
                 steps.append(step)
                 yield None
             ids = torch.cat(steps).cpu().numpy()

@@ -82,6 +82,7 @@ def fill(
     ids = [np.zeros(0, dtype=np.int64) for _ in rows]
     if settings.decoder == "ar":
         steps, frame = [], int(np.prod(shape[-2:]))
+        options["pool"] = engine.pool
         for step in block_steps(engine.model, engine.vocabulary, prompts, **options):
             steps.append(step)
             yield None

@@ -14,6 +14,7 @@ import torch
 
 from mmpt.config import UserError
 from mmpt.data.layout import write_segments
+from mmpt.decode.pool import Pool
 from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
 from mmpt.parts import Message, Part
@@ -155,6 +156,7 @@ class Engine:
 
     model: Decoder
     processor: Processor
+    pool: Pool | None = None  # of who answers many at once, in one thread
 
     @property
     def vocabulary(self) -> Vocabulary:

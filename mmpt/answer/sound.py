@@ -34,6 +34,7 @@ def write_speech(engine: Engine, rows: Sequence[Row], settings: Settings) -> Tic
             generator=row.generator,
             ends=row.ends,
             unconditional=None if free is None else free[0],
+            pool=engine.pool,
         ):
             yield None
             if span is not None:

@@ -31,7 +31,8 @@ def write_text(engine: Engine, rows: Sequence[Row], settings: Settings) -> Ticks
             denoise_text(model, vocabulary, prompts, denoising=settings, **options)
         )
     else:
-        written = generate_steps(model, vocabulary, prompts, allow=(Modality.TEXT,), **options)
+        options |= {"allow": (Modality.TEXT,), "pool": engine.pool}
+        written = generate_steps(model, vocabulary, prompts, **options)
         steps = ([[] if i is None else [i] for i in step.ids] for step in written)
     yield from ((row.number, PartStart("text")) for row in rows)
     for new in steps:

@@ -5,6 +5,7 @@ the same as an iterator) lets the model decide what comes. Neither ever returns 
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from operator import is_not
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from mmpt.config import UserError
+from mmpt.decode.pool import Lane, Pool, Wanted
 from mmpt.decode.prefix import Prefix, Prompts, candidate_ids, codebook_of
 from mmpt.decode.sampling import Grammar, Sampling, Shapes, uniforms
 from mmpt.model.transformer import Decoder
@@ -55,8 +57,12 @@ def block_steps(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     unconditional: Prompts | None = None,
+    pool: Pool | None = None,
 ) -> Iterator[torch.Tensor]:
-    """`generate_block` as an iterator: the new ids int64 (samples,) of each step."""
+    """`generate_block` as an iterator: the new ids int64 (samples,) of each step.
+
+    pool: where steps are taken together with those of others that step in turn.
+    """
     grammars = check_open(vocabulary, [*prompts, *(unconditional or ())], modality, length)
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
     candidates = candidate_ids(vocabulary, modality, prefix.device)
@@ -66,15 +72,24 @@ def block_steps(
         vocabulary.num_codebooks(modality),
     )
     places = torch.tensor([g.place for g in grammars[: len(prompts)]], device=prefix.device)
-    new = None
-    for step in range(length):
-        if new is not None:
-            prefix.push(new, [modality] * len(prompts), [True] * len(prompts))
-        scores = prefix.scores(candidates)
+
+    def spread(step: int, hidden: torch.Tensor) -> torch.Tensor:
+        scores = prefix.scores(candidates, hidden)
         if num_books > 1:
             wanted = (places + step) % num_books
             scores = scores.masked_fill(book != wanted[:, None], -torch.inf)
-        new = candidates[sampling.choose(scores, uniform[:, step])]
+        return sampling.spread(scores)
+
+    def wanted(step: int) -> Wanted:
+        key = (modality, (grammars[0].place + step) % num_books, sampling)
+        return Wanted(key, partial(spread, step))
+
+    lane = Lane(prefix, wanted(0), pool)
+    media, live = [modality] * len(prompts), [True] * len(prompts)
+    for step in range(length):
+        new = candidates[sampling.pick(lane.take(), uniform[:, step])]
+        if step + 1 < length:
+            lane.push(new, media, live, wanted(step + 1))
         yield new
 
 
@@ -132,12 +147,13 @@ def generate_steps(
     stop: Stop = "document",
     ends: Collection[str] = ("<eod>",),
     unconditional: Prompts | None = None,
+    pool: Pool | None = None,
 ) -> Iterator[Step]:
     """Continue each prompt by at most `max_ids` ids, until one of `ends` (the last id then).
 
     allow: the media that may be written. shapes: the grids that may be begun, per medium; any that
     fits where a medium has none. stop = "header" also stops a sample right behind the header of a
-    span, so that the caller can fill the span in parallel and go on.
+    span, so that the caller can fill the span in parallel and go on. pool: see `block_steps`.
     """
     grammars = [Grammar(vocabulary, allow=allow, shapes=shapes, ends=ends) for _ in prompts]
     for grammar, prompt in zip(grammars, prompts, strict=True):
@@ -148,78 +164,77 @@ def generate_steps(
                 f"max_ids is {max_ids}"
             )
     prefix = Prefix(model, vocabulary, prompts, unconditional, sampling)
-    choices = _Choices(prefix.device)
+    choices = _Choices(prefix, sampling)
     live = [max_ids > 0 and not grammar.ended for grammar in grammars]
+    lane = None
     for step in range(max_ids):
         if not any(live):
             return
-        masks = [g.candidates(max_ids - step) for g, on in zip(grammars, live, strict=True) if on]
-        new = _next_ids(prefix, choices.of(masks), live, sampling, generators)
+        if lane is None:
+            lane = Lane(prefix, choices.of(grammars, live, max_ids), pool)
+        new = choices.draw(lane.take(), generators)
         tokens = new.tolist()
         media = [
             grammar.push(token) if on else None
             for grammar, token, on in zip(grammars, tokens, live, strict=True)
         ]
-        yield Step([t if on else None for t, on in zip(tokens, live, strict=True)], media)
+        made = Step([t if on else None for t, on in zip(tokens, live, strict=True)], media)
         for index, grammar in enumerate(grammars):
             # remaining == prod(sizes) only between the header and the first code
             headed = stop == "header" and grammar.in_codes and media[index] == Modality.TEXT
             live[index] = live[index] and not (grammar.ended or headed)
-        if any(live):
-            prefix.push(new, [medium or 0 for medium in media], live)
-
-
-class _Choice(NamedTuple):
-    """Between which ids all that may come next lie, and which of those may not (samples, V)."""
-
-    hull: slice
-    forbidden: torch.Tensor | None
+        if any(live) and step + 1 < max_ids:
+            wanted = choices.of(grammars, live, max_ids - step - 1)
+            lane.push(new, [medium or 0 for medium in media], list(live), wanted)
+        yield made
 
 
 class _Choices:
-    """What grammars allow, on the device; they mostly allow the same as a step before."""
+    """What grammars allow, as what is drawn from; they mostly allow the same as a step before."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, prefix: Prefix, sampling: Sampling) -> None:
+        self._prefix, self._sampling = prefix, sampling
         self._masks: list[np.ndarray] = []
-        self._choice = _Choice(slice(None), None)
+        self._live: list[bool] = []
+        self._hull = slice(None)  # between which ids all that may come next lie
+        self._wanted: Wanted
 
-    def of(self, masks: list[np.ndarray]) -> _Choice:
-        """masks: bool (vocabulary,) of each sample that goes on."""
-        if len(masks) != len(self._masks) or any(map(is_not, masks, self._masks)):
-            self._masks, self._choice = masks, self._plan(masks)
-        return self._choice
+    def of(self, grammars: Sequence[Grammar], live: Sequence[bool], room: int) -> Wanted:
+        """Where at most `room` more ids come, of the samples that go on."""
+        masks = [g.candidates(room) for g, on in zip(grammars, live, strict=True) if on]
+        if self._live != list(live) or any(map(is_not, masks, self._masks)):
+            self._masks, self._live = masks, list(live)
+            self._wanted = self._plan(np.stack(masks))
+        return self._wanted
 
-    def _plan(self, masks: list[np.ndarray]) -> _Choice:
-        stack = np.stack(masks)
-        allowed = np.flatnonzero(stack.any(0))
-        hull = slice(int(allowed[0]), int(allowed[-1]) + 1)
-        forbidden = ~stack[:, hull]
-        return _Choice(
-            hull, torch.from_numpy(forbidden).to(self._device) if forbidden.any() else None
-        )
+    def _plan(self, masks: np.ndarray) -> Wanted:
+        prefix, sampling = self._prefix, self._sampling
+        allowed = np.flatnonzero(masks.any(0))
+        self._hull = hull = slice(int(allowed[0]), int(allowed[-1]) + 1)
+        kept = None if all(self._live) else torch.tensor(self._live).nonzero()[:, 0]
+        outside = ~masks[:, hull]
+        forbidden = torch.from_numpy(outside).to(prefix.device) if outside.any() else None
 
+        def spread(hidden: torch.Tensor) -> torch.Tensor:
+            logits = prefix.scores(hull, hidden)
+            logits = logits if kept is None else logits[kept.to(prefix.device)]
+            if forbidden is not None:
+                logits = logits.masked_fill(forbidden, -torch.inf)
+            return sampling.spread(logits)
 
-@torch.inference_mode()
-def _next_ids(
-    prefix: Prefix,
-    choice: _Choice,
-    live: Sequence[bool],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-) -> torch.Tensor:
-    """int64 (samples,); 0 where a sample does not go on."""
-    # only samples that go on draw: the generators of the others stay as they are
-    uniform = uniforms([g for g, on in zip(generators, live, strict=True) if on], 1, prefix.device)
-    rows = None if all(live) else torch.tensor(live).nonzero()[:, 0].to(prefix.device)
-    logits = prefix.scores(choice.hull)
-    logits = logits if rows is None else logits[rows]
-    if choice.forbidden is not None:
-        logits = logits.masked_fill(choice.forbidden, -torch.inf)
-    new = sampling.choose(logits, uniform[:, 0]) + choice.hull.start
-    if rows is None:
-        return new
-    return torch.zeros(len(live), dtype=new.dtype, device=new.device).index_copy(0, rows, new)
+        return Wanted((hull.start, outside.tobytes(), sampling), spread)
+
+    @torch.inference_mode()
+    def draw(self, spread: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """int64 (samples,); 0 where a sample does not go on."""
+        # only samples that go on draw: the generators of the others stay as they are
+        on = [g for g, on in zip(generators, self._live, strict=True) if on]
+        uniform = uniforms(on, 1, self._prefix.device)
+        new = self._sampling.pick(spread, uniform[:, 0]) + self._hull.start
+        if all(self._live):
+            return new
+        rows = torch.tensor(self._live, device=new.device)
+        return torch.zeros(len(rows), dtype=new.dtype, device=new.device).masked_scatter(rows, new)
 
 
 def check_open(

@@ -14,6 +14,7 @@ import torch
 from mmpt.config import UserError
 from mmpt.decode.axes import Axes
 from mmpt.decode.sampling import Grammar, Sampling, guide
+from mmpt.model.cache import KVCache
 from mmpt.model.layout import Layout
 from mmpt.model.step import Stepper
 from mmpt.model.transformer import Decoder
@@ -131,6 +132,11 @@ class Prefix:
         self.cache.commit(Layout(on[:, None].long() - 1, position, self._clean, position))
         self.length = self.length + on
         self.last = torch.where(on, ids, self.last)
+
+    def release(self) -> tuple[KVCache, torch.Tensor, torch.Tensor | None]:
+        """Cache, lengths (rows,) and bias (rows, slots), for who goes on with single steps."""
+        cache, self.cache = self.cache, self.model.new_cache()
+        return cache, self.length, self._bias
 
     def _remember(self, live: torch.Tensor, *, whole: bool) -> None:
         """Which of the new slots (rows, T) steps will see."""
@@ -284,7 +290,7 @@ class Prefix:
 
     def _guided(self, scores: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
         """By one guidance, or that of each sample, where the other branch is among the rows."""
-        if len(scores) == self.num_samples:
+        if not self.guided or len(scores) == self.num_samples:
             return scores
         conditional, unconditional = scores.chunk(2)
         if not isinstance(scale, torch.Tensor):

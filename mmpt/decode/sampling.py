@@ -58,9 +58,15 @@ class Sampling:
 
     def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Indices (...) into logits (..., V), drawn at `uniform` (...)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return draw(self.probabilities(logits), uniform)
+        return self.pick(self.spread(logits), uniform)
+
+    def spread(self, logits: torch.Tensor) -> torch.Tensor:
+        """What `pick` draws from (..., V); the part of `choose` that takes time."""
+        return logits if self.temperature == 0 else self.probabilities(logits)
+
+    def pick(self, spread: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Indices (...) into what `spread` gave, drawn at `uniform` (...)."""
+        return spread.argmax(-1) if self.temperature == 0 else draw(spread, uniform)
 
 
 def guide(

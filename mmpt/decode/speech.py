@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from mmpt.data.layout import speech_span
-from mmpt.decode.ar import block_steps, generate
+from mmpt.decode.ar import block_steps, generate_steps
 from mmpt.decode.denoise import denoise_passes
 from mmpt.decode.passes import Denoising
+from mmpt.decode.pool import Pool
 from mmpt.decode.sampling import Sampling
 from mmpt.model.transformer import Decoder
 from mmpt.vocab import BEGIN, END, Modality, Vocabulary
@@ -82,13 +83,14 @@ def speak_steps(
     generator: torch.Generator,
     ends: Collection[str] = ("<eod>",),
     unconditional: np.ndarray | None = None,
+    pool: Pool | None = None,
 ) -> Iterator[np.ndarray | None]:
     """At least one span of speech behind the prompt, each as ids (n,) as soon as it is written;
     None behind each pass before.
 
     prompt: ids that end outside a span. denoising: None decodes one id at a time; samplers by order
     take at most as many passes as a span has codes. It ends when the model writes one of
-    `ends` (which comes last then), or after `max_codes` codes.
+    `ends` (which comes last then), or after `max_codes` codes. pool: see `block_steps`.
     """
     most, num_codebooks = speech_span(vocabulary), vocabulary.num_codebooks(SPEECH)
     begin, end = (vocabulary.structure_id(names[SPEECH]) for names in (BEGIN, END))
@@ -97,7 +99,8 @@ def speak_steps(
     left, shown = max_codes, len(prompt)
     while True:
         sizes = range(num_codebooks, max(num_codebooks, min(most, left)) + 1, num_codebooks)
-        [header] = generate(
+        header = np.zeros(0, dtype=np.int64)
+        for step in generate_steps(
             model,
             vocabulary,
             [ids],
@@ -109,7 +112,10 @@ def speak_steps(
             sampling=sampling,
             generators=[generator],
             unconditional=None if free is None else [free],
-        )
+            pool=pool,
+        ):
+            header = np.append(header, np.array(step.ids))  # one sample, which steps until it stops
+            yield None
         ids = np.append(ids, header)
         size = vocabulary.size_of(int(header[-1]))
         if size is None:  # one of `ends`: nothing more to say
@@ -125,7 +131,7 @@ def speak_steps(
         }
         if denoising is None:
             steps = []
-            for step in block_steps(model, vocabulary, [ids], **options):
+            for step in block_steps(model, vocabulary, [ids], pool=pool, **options):
                 steps.append(step)
                 yield None
             codes = torch.cat(steps).cpu().numpy()

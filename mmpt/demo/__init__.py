@@ -46,10 +46,12 @@ def demo(
         from mmpt.demo.limits import Limits
         from mmpt.demo.page import build, close, launch
         from mmpt.pipeline import Pipeline
+        from mmpt.serve import Server
 
         pipeline = Pipeline.load(model, device=device)
         limits = Limits()
-        blocks = build(pipeline, pipeline, limits, Path(folder), title=str(model))
+        server = Server(pipeline, queue=limits.queue, batch=limits.answers)
+        blocks = build(server, pipeline, limits, Path(folder), title=str(model))
         launch(blocks, limits, Path(folder), host=HOST, port=port, browser=browser)
         url = f"http://{HOST}:{port}"
         log.info("%s answers at %s; Ctrl-C ends it", model, url)
@@ -59,6 +61,7 @@ def demo(
         except KeyboardInterrupt:
             log.info("ended")
         finally:
+            server.close()
             close(blocks)
     return {"url": url}
 

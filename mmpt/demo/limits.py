@@ -42,7 +42,7 @@ class Limits:
     visitors: int = 64  # whose conversations are kept
     requests: int = 600  # a minute, that change something, of one address
     queue: int = 48  # requests that wait, of all visitors
-    answers: int = 4  # at once, of all visitors
+    answers: int = 16  # at once, of all visitors
     folder: int = 1 << 30  # bytes of all files that were uploaded and not yet removed
     body: int = 1 << 20  # bytes of a request that is no upload
     # the largest settings

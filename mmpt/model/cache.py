@@ -8,6 +8,7 @@ kept carries no gradient; what only reads gets its own.
 Legend: B batch, T new ids, S slots, K key-value heads, W head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ import torch
 
 if TYPE_CHECKING:
     from mmpt.model.layout import Layout
+
+
+ROOM = 64  # free slots of caches that are joined
 
 
 class LayerCache:
@@ -49,6 +53,30 @@ class LayerCache:
         chosen._length = self._length
         chosen._slots = None if self._slots is None else self._slots[rows]
         return chosen
+
+    @classmethod
+    def beside(cls, parts: Sequence["LayerCache"], firsts: Sequence[int]) -> "LayerCache":
+        """Rows of all parts, of each from slot `first` on; they end together, zeros stand before.
+
+        There is room for some more.
+        """
+        joined, buffers = cls(), [part._slots for part in parts]
+        joined._length = max(p._length - first for p, first in zip(parts, firsts, strict=True))
+        kept = [slots for slots in buffers if slots is not None]
+        assert len(kept) == len(parts)  # rows of a prefix have ids
+        shape = (sum(map(len, kept)), *kept[0].shape[1:3], joined._length + ROOM, kept[0].shape[4])
+        joined._slots, row = kept[0].new_zeros(shape), 0
+        for part, first, slots in zip(parts, firsts, kept, strict=True):
+            start = joined._length - (part._length - first)
+            place = joined._slots[row : row + len(slots), :, :, start : joined._length]
+            place.copy_(slots[:, :, :, first : part._length])
+            row += len(slots)
+        return joined
+
+    @property
+    def length(self) -> int:
+        """How many slots are filled."""
+        return self._length
 
     def shorten(self, length: int) -> None:
         """Keep the first `length` slots; the others are free again."""
@@ -96,6 +124,14 @@ class KVCache:
         if layout is not None:
             chosen.commit(layout.select(rows))
         return chosen
+
+    @classmethod
+    def beside(cls, parts: Sequence["KVCache"], firsts: Sequence[int]) -> "KVCache":
+        """As that of layers, for who knows himself which slots are seen: there is no layout."""
+        joined = cls(0)
+        layers = zip(*(part.layers for part in parts), strict=True)
+        joined.layers = [LayerCache.beside(each, firsts) for each in layers]
+        return joined
 
     def begin(self, *, append: bool) -> None:
         """Say whether the pass that starts now commits its ids or only reads."""

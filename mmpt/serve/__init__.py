@@ -1,0 +1,3 @@
+"""Many answers at once from one model: `Server`."""
+
+from mmpt.serve.server import Server as Server
